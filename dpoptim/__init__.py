@@ -1,0 +1,18 @@
+"""dpoptim: data-parallel optimizers for PyTorch over MPI.
+
+Importing this package starts nothing: MPI is initialised when the first ``DataParallelOptimizer`` is made.
+"""
+
+from dpoptim import comm_hooks, lr_scheduler, torch_optim, utils
+from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.torch_optim import *  # noqa: F403  its __all__ holds every optimizer of the installed torch
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604
+    "DataParallelOptimizer",
+    "comm_hooks",
+    "lr_scheduler",
+    "utils",
+    *torch_optim.__all__,
+]

@@ -1,0 +1,34 @@
+"""ReduceLROnPlateau that all ranks decide alike."""
+
+from typing import SupportsFloat
+
+import torch.optim.lr_scheduler
+
+from dpoptim.optimizer import DataParallelOptimizer
+
+__all__ = ["ReduceLROnPlateau"]
+
+
+class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """torch's ``ReduceLROnPlateau`` on the metric's mean over ranks.
+
+    Each rank measures its own part of the data, so its metric differs; decided locally, learning rates and then
+    parameters would drift apart. With a :class:`~dpoptim.DataParallelOptimizer` the metric is averaged over its ranks,
+    weighted by ``batch_weight``; with another optimizer this is torch's class unchanged. Arguments, ``state_dict`` and
+    everything else are torch's.
+    """
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take one epoch's metric of this rank; collective, the decision is the same on every rank.
+
+        Parameters
+        ----------
+        metrics : float or Tensor of one element
+            This rank's metric.
+        epoch : int, optional
+            As in torch, deprecated there.
+        """
+        metric = float(metrics)
+        if isinstance(self.optimizer, DataParallelOptimizer):
+            metric = self.optimizer.mean(metric)
+        super().step(metric, epoch)

@@ -1,0 +1,42 @@
+"""Who owns which slice of a flat tensor. Pure integer arithmetic: no torch, no MPI."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+__all__ = ["even_counts", "group_by_size", "start_offsets"]
+
+
+def even_counts(numel: int, num_parts: int) -> list[int]:
+    """Divide ``numel`` elements among ``num_parts`` owners, as equally as possible.
+
+    The first ``numel % num_parts`` owners get one element more, so that part sizes differ by at most one.
+    """
+    if numel < 0:
+        raise ValueError(f"numel must be >= 0, got {numel}")
+    if num_parts < 1:
+        raise ValueError(f"num_parts must be >= 1, got {num_parts}")
+    quotient, remainder = divmod(numel, num_parts)
+    return [quotient + (part < remainder) for part in range(num_parts)]
+
+
+def start_offsets(counts: Sequence[int]) -> list[int]:
+    """Return where each part starts when parts of these sizes lie one after another."""
+    return [0, *accumulate(counts)][: len(counts)]
+
+
+def group_by_size(sizes_bytes: Sequence[int], limit_bytes: int) -> list[list[int]]:
+    """Group consecutive items so that no group of several exceeds ``limit_bytes``.
+
+    An item larger than the limit gets a group of its own. The order is kept: concatenated, the groups are
+    ``range(len(sizes_bytes))``.
+    """
+    groups: list[list[int]] = []
+    filled_bytes = 0
+    for item, size_bytes in enumerate(sizes_bytes):
+        if groups and filled_bytes + size_bytes <= limit_bytes:
+            groups[-1].append(item)
+            filled_bytes += size_bytes
+        else:
+            groups.append([item])
+            filled_bytes = size_bytes
+    return groups

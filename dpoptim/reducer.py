@@ -1,0 +1,393 @@
+"""Reducer: turns each rank's gradients into their global mean by the time ``backward()`` returns.
+
+Note [Bucket order]
+-------------------
+Every reduction launches all buckets, in one fixed order, whatever gradients this rank has: no negotiation, no
+deadlock. The order is the reverse of registration at first; after the first reduction it becomes the order in which
+rank 0 saw gradients arrive, so that with overlap a bucket is full as early as possible.
+
+Note [Who had a gradient]
+-------------------------
+A parameter without a gradient counts as zero. Whether *any* rank had one matters: if not, ``p.grad`` stays None, and
+the optimizer skips it as torch does. Each rank remembers which of its parameters had one the last time. A reduction
+ends with the sum of one number: how many ranks see a change. Only if it is not zero do the ranks exchange the
+details. The same exchange finds late-unfrozen, frozen, sparse and moved parameters, and rebuilds the buckets.
+
+Note [The end of backward]
+--------------------------
+The autograd engine runs a queued callback when its graph task ends. Reentrant checkpointing runs graph tasks
+inside others: there the callback sees an evaluating node and leaves the work to the outer task's callback. If no
+hook fires in the outer task any more, ``step`` finishes the reduction. A rank on which no parameter got a gradient
+has no callback at all: it joins the others in ``step``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _current_autograd_node, _current_graph_task_id
+from torch.autograd import Variable
+
+from dpoptim.bucket import Bucket
+from dpoptim.comm_hooks import CommHook
+from dpoptim.communicator import Communicator, Work, raised_on_all_ranks
+from dpoptim.partition import group_by_size
+from dpoptim.roll_call import RollCall
+
+__all__ = ["Reducer", "is_reduced"]
+
+
+# A gradient of at least so many bytes travels alone, from its own memory: copying it into and out of a bucket costs
+# more than the latency of one more message.
+_ALONE_BYTES = 1 << 19
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank tells the others when something has changed (Note [Who had a gradient])."""
+
+    had_gradient: bytes
+    trainable: bytes
+    sparse_dims: dict[int, int]
+    misfits: dict[int, str]
+    order: list[int]
+
+
+class Reducer:
+    """Reduces the gradients of a list of parameters over the ranks of a communicator.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        Used by this object alone. If it overlaps, full buckets are launched while backward runs; otherwise all are
+        reduced when backward ends.
+    roll_call : RollCall
+        Of the same ranks.
+    comm_hook : callable
+        See :mod:`dpoptim.comm_hooks`.
+    bucket_bytes : int
+        A bucket of several gradients has at most so many bytes.
+
+    Attributes
+    ----------
+    batch_weight : float
+        Weight of this rank's gradients in the mean.
+    enabled : bool
+        While False, gradients stay local (``no_sync``).
+    """
+
+    def __init__(
+        self, communicator: Communicator, roll_call: RollCall, *, comm_hook: CommHook, bucket_bytes: int
+    ) -> None:
+        self.communicator = communicator
+        self.batch_weight = 1.0
+        self.enabled = True
+        self._roll_call = roll_call
+        self._number = roll_call.enroll()
+        self._comm_hook = comm_hook
+        self._bucket_bytes = bucket_bytes
+        self._parameters: list[Tensor] = []
+        self._names: list[str] = []
+        self._handles: list[Any] = []
+        # The plan, equal on all ranks.
+        self._buckets: list[Bucket] = []
+        self._place: dict[int, tuple[Bucket, int]] = {}
+        self._sparse_dims: dict[int, int] = {}
+        self._had_anywhere: list[int] = []
+        self._order: list[int] = []
+        # Where this rank is.
+        self._num_steps = 0
+        self._num_local_backwards = 0
+        self._reduced_since_step = False
+        self._tasks: set[int] = set()
+        self._last_local_task = -1
+        self._had_gradient: bytes | None = None
+        # The reduction under way.
+        self._scale: float | None = None
+        self._arrived: list[int] = []
+        self._launched: list[tuple[Bucket, Work]] = []
+        self._misfit = False
+
+    @property
+    def has_local_gradients(self) -> bool:
+        """Whether backward has run without a reduction since the last one."""
+        return self._num_local_backwards > 0
+
+    def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Take over more parameters; all ranks with the same, in the same order, outside of backward."""
+        start = len(self._parameters)
+        self._parameters += parameters
+        self._names += names
+        if self.communicator.world_size > 1:
+            for index, parameter in enumerate(parameters, start):
+                if not parameter.is_floating_point() and not parameter.is_complex():
+                    continue  # can never have a gradient
+                self._handles.append(_add_hook(parameter, _GradientHook(self, index)))
+        self._order = []
+        self._had_gradient = None
+        self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
+
+    def finish(self) -> None:
+        """Reduce now what has not been reduced since the last step; collective in that case.
+
+        That is: no parameter of this rank had a gradient, or gradients are still local after ``no_sync``, or the
+        end of backward could not be seen.
+        """
+        if self.communicator.world_size > 1 and (
+            self._tasks or self._num_local_backwards or not self._reduced_since_step
+        ):
+            self._reduce()
+
+    def count_step(self) -> None:
+        """Note that the optimizer has made a step."""
+        self._num_steps += 1
+        self._reduced_since_step = False
+
+    def expect_backward(self) -> None:
+        """Take gradients as not reduced again: a closure may run several times in one step."""
+        self._reduced_since_step = False
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters, which stay as they are; not collective."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---------------------------------------------------------------- while backward runs
+
+    def on_gradient(self, index: int) -> None:
+        """Take note that a parameter's gradient is ready; called by autograd."""
+        task = _current_graph_task_id()
+        if not self.enabled:
+            if task != self._last_local_task:
+                self._last_local_task = task
+                self._num_local_backwards += 1
+            return
+        if task not in self._tasks:
+            self._tasks.add(task)
+            Variable._execution_engine.queue_callback(self._on_backward_end)
+        self._arrived.append(index)
+        if self.communicator.overlap and self._order:
+            self._launch_full_bucket(index)
+
+    def _launch_full_bucket(self, index: int) -> None:
+        if self._scale is None:
+            self._begin()
+        if index not in self._place:
+            return
+        bucket, _ = self._place[index]
+        bucket.num_pending -= 1
+        if bucket.num_pending < 0:
+            raise RuntimeError(
+                f"{self._describe(index)} received a second gradient in one backward after its bucket was sent "
+                "(a parameter shared by reentrant checkpoints): use overlap=False"
+            )
+        while len(self._launched) < len(self._buckets):
+            bucket = self._buckets[len(self._launched)]
+            if bucket.num_pending:
+                break
+            self._launch(bucket)
+
+    def _on_backward_end(self) -> None:
+        nested = _current_autograd_node() is not None
+        if self._tasks and (not nested or len(self._arrived) >= len(self._place)):
+            self._reduce()
+
+    # ---------------------------------------------------------------- the reduction
+
+    def _reduce(self) -> None:
+        """Make every gradient the weighted mean over ranks; collective."""
+        if self._scale is None:
+            self._begin()
+        for bucket in self._buckets[len(self._launched) :]:
+            self._launch(bucket)
+        for _, work in self._launched:
+            work.wait()
+        had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
+        changed = torch.tensor([float(self._misfit or had_gradient != self._had_gradient)])
+        self.communicator.all_reduce(changed)
+        reports = self._exchange_reports(had_gradient) if changed.item() else None
+        self._had_gradient = had_gradient
+        for bucket, _ in self._launched:
+            bucket.unpack(self._gradients(bucket))
+        self._give_gradients()
+        if reports is not None:
+            self._reduce_outsiders()
+        for index, sparse_dim in self._sparse_dims.items():
+            if index in self._had_anywhere:
+                self._reduce_sparse(index, sparse_dim)
+        if reports is not None:
+            self._replan(reports)
+        self._end()
+
+    def _begin(self) -> None:
+        place = (
+            f"optimizer {self._number}, step {self._num_steps}, "
+            f"{self._num_local_backwards} backward passes in no_sync()"
+        )
+        self._scale = self.batch_weight / self._roll_call.answer(place, self.batch_weight)
+
+    def _launch(self, bucket: Bucket) -> None:
+        assert self._scale is not None
+        if not bucket.pack(self._gradients(bucket), self._scale):
+            self._misfit = True
+        self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
+
+    def _end(self) -> None:
+        for bucket in self._buckets:
+            bucket.num_pending = len(bucket.indices)
+        self._tasks.clear()
+        self._arrived.clear()
+        self._launched.clear()
+        self._scale = None
+        self._misfit = False
+        self._num_local_backwards = 0
+        self._reduced_since_step = True
+
+    def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
+        return [self._parameters[index].grad for index in bucket.indices]
+
+    def _give_gradients(self) -> None:
+        """Set the gradients of parameters that had one on other ranks only."""
+        for index in self._had_anywhere:
+            if self._parameters[index].grad is None and index in self._place:
+                bucket, position = self._place[index]
+                self._parameters[index].grad = bucket.reduced(position)
+
+    def _reduce_outsiders(self) -> None:
+        """Reduce, one by one, gradients that no bucket was planned for; collective."""
+        assert self._scale is not None
+        for index in self._had_anywhere:
+            if index in self._place or index in self._sparse_dims:
+                continue
+            parameter = self._parameters[index]
+            bucket = Bucket([index], [parameter])
+            bucket.pack([parameter.grad], self._scale)
+            self._comm_hook(self.communicator, bucket).wait()
+            bucket.unpack([parameter.grad])
+            if parameter.grad is None:
+                parameter.grad = bucket.reduced(0)
+
+    @torch.no_grad()
+    def _reduce_sparse(self, index: int, sparse_dim: int) -> None:
+        """Sum one sparse gradient: gather all ranks' indices and values; collective."""
+        assert self._scale is not None
+        parameter = self._parameters[index]
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter).to_sparse(sparse_dim)
+        if not gradient.is_sparse or gradient.sparse_dim() != sparse_dim:
+            gradient = gradient.to_dense().to_sparse(sparse_dim)
+        gradient = gradient.coalesce()
+        indices, values = gradient.indices(), gradient.values() * self._scale
+        num_entries = self.communicator.all_gather_object(indices.shape[1])
+        all_indices = self._gather_rows(indices.t(), num_entries).t()
+        all_values = self._gather_rows(values, num_entries)
+        parameter.grad = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape).coalesce()
+
+    def _gather_rows(self, rows: Tensor, num_rows: Sequence[int]) -> Tensor:
+        """Put every rank's rows below one another; collective."""
+        gathered = rows.new_empty(sum(num_rows), *rows.shape[1:])
+        row_numel = rows.shape[1:].numel()
+        self.communicator.all_gather(gathered, rows.contiguous(), counts=[count * row_numel for count in num_rows])
+        return gathered
+
+    # ---------------------------------------------------------------- the plan
+
+    def _default_order(self) -> list[int]:
+        return list(reversed(range(len(self._parameters))))
+
+    def _plan(self, order: Sequence[int]) -> None:
+        """Divide these parameters among buckets; the same on all ranks (Note [Bucket order])."""
+        small: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        groups: list[list[int]] = []
+        for index in order:
+            parameter = self._parameters[index]
+            if parameter.nbytes >= _ALONE_BYTES:
+                groups.append([index])
+            else:
+                small.setdefault((parameter.dtype, parameter.device), []).append(index)
+        for indices in small.values():
+            sizes_bytes = [self._parameters[index].nbytes for index in indices]
+            groups += [[indices[i] for i in group] for group in group_by_size(sizes_bytes, self._bucket_bytes)]
+        when_ready = {index: when for when, index in enumerate(order)}
+        groups.sort(key=lambda group: when_ready[group[-1]])
+        self._buckets = [Bucket(group, [self._parameters[index] for index in group]) for group in groups]
+        self._place = {
+            index: (bucket, position) for bucket in self._buckets for position, index in enumerate(bucket.indices)
+        }
+
+    def _exchange_reports(self, had_gradient: bytes) -> list[_Report]:
+        """Tell all ranks what this one has seen, and raise on all what is an error on one; collective."""
+        gradients = {i: p.grad for i, p in enumerate(self._parameters) if p.grad is not None}
+        own = _Report(
+            had_gradient=had_gradient,
+            trainable=bytes([parameter.requires_grad for parameter in self._parameters]),
+            sparse_dims={i: g.sparse_dim() for i, g in gradients.items() if g.is_sparse},
+            misfits={
+                index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
+                f"{bucket.device} when the optimizer was constructed"
+                for index, (bucket, _) in self._place.items()
+                if (gradient := gradients.get(index)) is not None
+                and not gradient.is_sparse
+                and not bucket.fits(gradient)
+            },
+            order=list(dict.fromkeys(self._arrived)) if self.communicator.rank == 0 else [],
+        )
+        reports: list[_Report] = self.communicator.all_gather_object(own)
+        for rank, report in enumerate(reports):
+            for misfit in report.misfits.values():
+                message = f"{misfit} (on rank {rank}): move or convert the model first, then construct the optimizer"
+                raise raised_on_all_ranks(RuntimeError(message))
+        for report in reports:
+            self._sparse_dims |= report.sparse_dims
+        self._had_anywhere = [
+            index for index in range(len(self._parameters)) if any(report.had_gradient[index] for report in reports)
+        ]
+        return reports
+
+    def _replan(self, reports: Sequence[_Report]) -> None:
+        """Put the parameters that are trainable on any rank into buckets, in the order that is best for all."""
+        is_new = not self._order
+        if is_new:
+            seen = reports[0].order
+            self._order = seen + [index for index in self._default_order() if index not in set(seen)]
+        wanted = [
+            index
+            for index in self._order
+            if index not in self._sparse_dims and any(report.trainable[index] for report in reports)
+        ]
+        if is_new or set(wanted) != set(self._place):
+            self._plan(wanted)
+
+    def _describe(self, index: int) -> str:
+        return f"parameter '{self._names[index]}'"
+
+
+class _GradientHook:
+    """Tells a reducer that autograd has accumulated a parameter's gradient."""
+
+    def __init__(self, reducer: Reducer, index: int) -> None:
+        self._on_gradient = reducer.on_gradient
+        self._index = index
+
+    def __call__(self, _: Tensor) -> None:
+        self._on_gradient(self._index)
+
+
+def is_reduced(parameter: Tensor) -> bool:
+    """Whether some reducer has its hook on this parameter."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    return any(isinstance(hook, _GradientHook) for hook in hooks.values())
+
+
+def _add_hook(parameter: Tensor, hook: _GradientHook) -> Any:
+    """Register a hook, on a frozen parameter too: it may be unfrozen later."""
+    frozen = not parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    if frozen:
+        parameter.requires_grad_(False)
+    return handle

@@ -1,0 +1,5 @@
+"""Helpers beside the optimizer."""
+
+from dpoptim.utils import consistency
+
+__all__ = ["consistency"]
