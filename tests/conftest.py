@@ -1,0 +1,109 @@
+"""How the tests run, alone and on every rank of an mpirun.
+
+``pytest`` alone runs all tests, the parallel ones on one rank. ``mpirun -n N pytest`` runs those marked
+``parallel``, the same ones in the same order on every rank. After each test the ranks agree on its outcome: a test
+that fails on one rank fails on all, so that they stay in step, and rank 0 shows every rank's traceback.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if UNDER_MPIRUN:
+        from mpi4py import MPI
+
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if MPI.COMM_WORLD.rank != 0 and reporter is not None:
+            reporter._tw._file = open(os.devnull, "w")  # noqa: PTH123, SIM115  open for as long as pytest runs
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if UNDER_MPIRUN:
+        serial = [item for item in items if item.get_closest_marker("parallel") is None]
+        config.hook.pytest_deselected(items=serial)
+        items[:] = [item for item in items if item.get_closest_marker("parallel") is not None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, Any, Any]:
+    """Let a test that failed on one rank fail on all."""
+    if not UNDER_MPIRUN:
+        return (yield)
+    from mpi4py import MPI
+
+    error, result = None, None
+    try:
+        result = yield
+    except BaseException as caught:  # noqa: BLE001  pytest's own outcomes are BaseExceptions; raised again below
+        error = caught
+    text = None if error is None else "".join(traceback.format_exception(error))
+    failures = {rank: text for rank, text in enumerate(MPI.COMM_WORLD.allgather(text)) if text is not None}
+    if error is not None and len(failures) == MPI.COMM_WORLD.size:
+        raise error
+    if failures:
+        pytest.fail("\n".join(f"--- rank {rank}:\n{text}" for rank, text in failures.items()), pytrace=False)
+    return result
+
+
+@pytest.fixture
+def world() -> Any:
+    """Return mpi4py's COMM_WORLD."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+@pytest.fixture(params=["SELF", "WORLD", "DUP"])
+def any_comm(request: pytest.FixtureRequest) -> Generator[Any, None, None]:
+    """Give COMM_SELF, COMM_WORLD and a duplicate of it in turn."""
+    from mpi4py import MPI
+
+    if request.param == "DUP":
+        comm = MPI.COMM_WORLD.Dup()
+        yield comm
+        comm.Free()
+    else:
+        yield getattr(MPI, f"COMM_{request.param}")
+
+
+@pytest.fixture
+def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs a Python program on N ranks and returns what became of it."""
+
+    def run(
+        num_ranks: int, *args: str, timeout_s: float = 60, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = str(Path(sys.executable).parent / "mpirun")
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            **{
+                f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
+                for prefix in ("OMPI", "PRTE")
+                for suffix in ("", "_CONFIRM")
+            },
+        }
+        return subprocess.run(
+            [launcher, "-n", str(num_ranks), sys.executable, *args],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environment,
+            cwd=cwd,
+            check=False,
+        )
+
+    return run

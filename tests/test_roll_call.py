@@ -1,0 +1,104 @@
+"""Ranks that are not where the others are: an error on every rank, never a wait for ever."""
+
+import pytest
+
+PRELUDE = """
+import sys, torch, dpoptim
+from mpi4py import MPI
+rank = MPI.COMM_WORLD.rank
+def make(**options):
+    model = torch.nn.Linear(3, 2)
+    return model, dpoptim.DataParallelOptimizer(dpoptim.SGD(model.named_parameters(), lr=0.1), **options)
+def train(model, opt, steps=1):
+    for _ in range(steps):
+        opt.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+model, opt = make()
+train(model, opt, 2)
+"""
+
+
+def _run(mpirun, num_ranks, body):
+    return mpirun(num_ranks, "-c", PRELUDE + body)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_rank_with_fewer_batches_is_named_and_nobody_waits(mpirun, num_ranks):
+    done = _run(mpirun, num_ranks, "train(model, opt, 3 if rank != 1 else 2)")
+    assert done.returncode != 0
+    assert "rank 1 left the program while others go on (optimizer 0, step 4" in done.stderr, done.stderr
+
+
+def test_a_rank_that_leaves_is_noticed_by_whatever_optimizer_the_others_use(mpirun):
+    done = _run(
+        mpirun,
+        2,
+        """
+model2, opt2 = make()
+train(model2, opt2)
+if rank == 1:
+    sys.exit(3)
+train(model2, opt2)
+""",
+    )
+    assert done.returncode != 0
+    assert "rank 1 left the program" in done.stderr, done.stderr
+
+
+def test_all_ranks_leaving_together_is_no_error(mpirun):
+    done = _run(mpirun, 3, "print('bye')")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.count("bye") == 3
+
+
+def test_an_uncaught_exception_on_one_rank_ends_the_job(mpirun):
+    done = _run(mpirun, 3, "if rank == 2: raise KeyError('lost file')\ntrain(model, opt, 5)")
+    assert done.returncode != 0
+    assert "KeyError: 'lost file'" in done.stderr
+
+
+def test_a_rank_killed_ends_the_job(mpirun):
+    done = _run(mpirun, 2, "import os, signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntrain(model, opt, 5)")
+    assert done.returncode != 0
+
+
+def test_no_sync_on_one_rank_only_is_an_error_on_all(mpirun):
+    done = _run(
+        mpirun,
+        2,
+        """
+import contextlib
+try:
+    for _ in range(3):
+        opt.zero_grad()
+        with opt.no_sync() if rank == 0 else contextlib.nullcontext():
+            model(torch.ones(1, 3)).sum().backward()
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+except RuntimeError as error:
+    print(f'<{rank}: {error}>')
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"<{rank}: the ranks are at different places (rank " in done.stdout
+    assert "1 backward passes in no_sync()" in done.stdout
+
+
+def test_two_optimizers_in_different_order_is_an_error_on_all(mpirun):
+    done = _run(
+        mpirun,
+        2,
+        """
+other, other_opt = make()
+try:
+    for m, o in [(model, opt), (other, other_opt)][:: 1 if rank else -1]:
+        train(m, o)
+except RuntimeError as error:
+    print(f'<{rank}: {error}>')
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"<{rank}: the ranks are at different places (rank 1: optimizer 0, step 2" in done.stdout, done.stdout
