@@ -3,7 +3,7 @@
 Importing this package starts nothing: MPI is initialised when the first ``DataParallelOptimizer`` is made.
 """
 
-from dpoptim import comm_hooks, lr_scheduler, torch_optim, utils
+from dpoptim import comm_hooks, lr_scheduler, swa_utils, torch_optim, utils
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.torch_optim import *  # noqa: F403  its __all__ holds every optimizer of the installed torch
 
@@ -13,6 +13,7 @@ __all__ = [  # noqa: PLE0604
     "DataParallelOptimizer",
     "comm_hooks",
     "lr_scheduler",
+    "swa_utils",
     "utils",
     *torch_optim.__all__,
 ]

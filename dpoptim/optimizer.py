@@ -310,11 +310,12 @@ class DataParallelOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._reducer.finish()
-            value = self.mean(float("nan") if loss is None else float(loss))
+            own = loss.detach() if isinstance(loss, Tensor) else loss
+            value = self.mean(float("nan") if own is None else float(own))
             self._reducer.expect_backward()
-            if loss is None:
+            if own is None:
                 return None
-            return loss.detach().new_tensor(value) if isinstance(loss, Tensor) else value
+            return own.new_tensor(value) if isinstance(own, Tensor) else value
 
         return averaged_closure
 

@@ -285,7 +285,8 @@ class Reducer:
         num_entries = self.communicator.all_gather_object(indices.shape[1])
         all_indices = self._gather_rows(indices.t(), num_entries).t()
         all_values = self._gather_rows(values, num_entries)
-        parameter.grad = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape).coalesce()
+        gathered = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape, check_invariants=True)
+        parameter.grad = gathered.coalesce()
 
     def _gather_rows(self, rows: Tensor, num_rows: Sequence[int]) -> Tensor:
         """Put every rank's rows below one another; collective."""
@@ -329,7 +330,7 @@ class Reducer:
             misfits={
                 index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
                 f"{bucket.device} when the optimizer was constructed"
-                for index, (bucket, _) in self._place.items()
+                for index, (bucket, _) in sorted(self._place.items(), key=lambda item: item[0])
                 if (gradient := gradients.get(index)) is not None
                 and not gradient.is_sparse
                 and not bucket.fits(gradient)

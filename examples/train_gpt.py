@@ -1,99 +1,120 @@
-"""Train a character-level GPT on the documentation that every Python carries, to a learning curve and a sample.
+"""Train a character-level GPT on Python's own documentation, plot the learning curve and print some made-up text.
 
     python examples/train_gpt.py                 # one process
-    mpirun -n 2 python examples/train_gpt.py     # two ranks share the batch: the same loss curve in less time
+    mpirun -n 2 python examples/train_gpt.py     # two ranks share each batch: the same curve in less time
 
 Started again, it resumes from its last checkpoint, on any number of ranks.
 """
 
 import argparse
 import json
-import os
 from pathlib import Path
+from pydoc_data.topics import topics
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from mpi4py import MPI
-from pydoc_data.topics import topics
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import dpoptim
 
 
-def load_text() -> Tensor:
-    """Return the documentation as ASCII codes, every paragraph once: its topics repeat each other."""
-    paragraphs = dict.fromkeys(paragraph for key in sorted(topics) for paragraph in topics[key].split("\n\n"))
-    text = "\n\n".join(paragraphs).translate(str.maketrans("‘’“”–—", "''\"\"--"))
-    return torch.tensor(list(text.encode("ascii", "ignore")))
-
-
-class Block(nn.Module):
-    """Causal self-attention, then a feed-forward network."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, width) to the same shape."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.projection(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
 class GPT(nn.Module):
     """A decoder-only transformer over the 128 ASCII codes."""
 
-    def __init__(self, context: int, width: int, num_layers: int, num_heads: int = 4) -> None:
+    def __init__(self, context: int, width: int = 128, num_heads: int = 4, num_layers: int = 3) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(128, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(num_layers)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128))
+        layer = nn.TransformerEncoderLayer(width, num_heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 128)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return logits (batch, length, 128) of the characters that follow codes (batch, length)."""
-        return self.head(self.blocks(self.token(codes) + self.position.weight[: codes.shape[1]]))
-
-    def loss(self, codes: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the cross entropy in nats a character; targets of -100 do not count."""
-        return F.cross_entropy(self(codes).flatten(0, 1), targets.flatten(), reduction=reduction)
-
-    @torch.no_grad()
-    def sample(self, length: int, seed: int, temperature: float = 0.8) -> str:
-        """Return `length` characters that the model makes up after an empty line."""
-        generator, codes = torch.Generator().manual_seed(seed), torch.tensor([[ord("\n")]])
-        for _ in range(length):
-            logits = self(codes[:, -len(self.position.weight) :])[:, -1] / temperature
-            codes = torch.cat([codes, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
-        return bytes(codes[0].tolist()).decode()
+        """Return the logits (batch, length, 128) of the characters that follow codes (batch, length)."""
+        x = self.token(codes) + self.position.weight[: codes.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1])
+        return self.head(self.layers(x, mask, is_causal=True))
 
 
 @torch.no_grad()
 def evaluate(model: GPT, text: Tensor, context: int, comm: MPI.Comm) -> float:
-    """Return the mean loss over the whole text. Collective; equal on all ranks, each of which does its part."""
-    padding = -(len(text) - 1) % context
-    codes = F.pad(text[:-1], (0, padding)).view(-1, context)[comm.rank :: comm.size]
-    targets = F.pad(text[1:], (0, padding), value=-100).view(-1, context)[comm.rank :: comm.size]
-    return comm.allreduce(model.loss(codes, targets, reduction="sum").item()) / (len(text) - 1)
+    """Return the mean loss over all of a text, of which each rank does a part. Collective; equal on all ranks."""
+    windows = pad(text, (0, -(len(text) - 1) % context), value=-100).unfold(0, context + 1, context)
+    codes, targets = windows[comm.rank :: comm.size, :-1].clamp(min=0), windows[comm.rank :: comm.size, 1:]
+    loss = cross_entropy(model(codes).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    return comm.allreduce(loss.item()) / (len(text) - 1)
 
 
-def main() -> None:
-    """Train, or go on with training."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, help_text in [
-        ("steps", 1500, "optimizer steps"),
-        ("eval-every", 250, "steps between two validations, each with a checkpoint"),
-        ("batch-size", 32, "windows of text in a step, of all ranks together"),
-        ("context", 64, "characters in a window"),
-    ]:
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
+@torch.no_grad()
+def sample(model: GPT, context: int, length: int = 300, temperature: float = 0.7) -> str:
+    """Return text that the model makes up."""
+    codes, generator = torch.tensor([[ord("\n")]]), torch.Generator().manual_seed(0)
+    for _ in range(length):
+        probabilities = (model(codes[:, -context:])[:, -1] / temperature).softmax(dim=-1)
+        codes = torch.cat([codes, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    return bytes(codes.flatten().tolist()).decode()
 
 
-if __name__ == "__main__":
-    main()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=1200)
+parser.add_argument("--eval-every", type=int, default=200, help="steps from one validation and checkpoint to the next")
+parser.add_argument("--batch-size", type=int, default=32, help="windows of text in a step, of all ranks together")
+parser.add_argument("--context", type=int, default=64, help="characters in a window")
+parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
+parser.add_argument("--output", type=Path, default=Path("runs/gpt"), help="directory; a run found there is resumed")
+args = parser.parse_args()
+
+comm = MPI.COMM_WORLD
+paragraphs = dict.fromkeys(part for key in sorted(topics) for part in topics[key].split("\n\n"))  # some come twice
+text = "\n\n".join(paragraphs).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").encode("ascii", "ignore")
+train, validation = torch.tensor(list(text)).tensor_split([len(text) * 9 // 10])
+torch.manual_seed(args.seed)
+model = GPT(args.context)
+optimizer = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.named_parameters(), lr=4e-3, weight_decay=0.1))
+scheduler = dpoptim.lr_scheduler.OneCycleLR(optimizer, 4e-3, args.steps, pct_start=0.15, cycle_momentum=False)
+
+path, parts = args.output / "checkpoint.pt", {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+done, history = 0, {"train": [], "validation": []}
+if checkpoint := comm.bcast(torch.load(path, weights_only=True) if comm.rank == 0 and path.exists() else None):
+    done, history = checkpoint["step"], checkpoint["history"]
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+
+num_tokens = args.batch_size * args.context  # a step, of all ranks together
+progress = tqdm(range(done + 1, args.steps + 1), total=args.steps, initial=done, disable=comm.rank > 0)
+progress.unit, progress.unit_scale = " tokens", num_tokens
+if done and comm.rank == 0:
+    progress.write(f"{path}: {'resumed' if done < args.steps else 'finished already'} at step {done}")
+for step in progress:
+    starts = np.random.default_rng((args.seed, step)).integers(len(train) - args.context, size=args.batch_size)
+    windows = train[torch.from_numpy(starts)[comm.rank :: comm.size, None] + torch.arange(args.context + 1)]
+    optimizer.batch_weight = len(windows)
+    optimizer.zero_grad()
+    loss = cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    if step % 10 == 0:
+        history["train"].append((step, comm.allreduce(loss.item() * len(windows)) / args.batch_size))
+        progress.set_postfix(loss=history["train"][-1][1], lr=scheduler.get_last_lr()[0])
+    if step % args.eval_every == 0 or step == args.steps:
+        history["validation"].append((step, evaluate(model, validation, args.context, comm)))
+        if comm.rank == 0:
+            progress.write(f"step {step}: validation loss {history['validation'][-1][1]:.4f}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"step": step, "history": history, **state}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+if comm.rank == 0:
+    (args.output / "history.json").write_text(json.dumps(history))
+    axes = Figure().subplots()
+    for name, points in history.items():
+        axes.plot(*np.transpose(points), label=name)
+    axes.set(xlabel="step", ylabel="loss, nats a character")
+    axes.legend()
+    axes.figure.savefig(args.output / "train.png")
+    print(sample(model, args.context))

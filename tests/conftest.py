@@ -19,6 +19,7 @@ import torch
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 
 
+@pytest.hookimpl(trylast=True)  # after the terminal reporter
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if UNDER_MPIRUN:
@@ -46,7 +47,7 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
     error, result = None, None
     try:
         result = yield
-    except BaseException as caught:  # noqa: BLE001  pytest's own outcomes are BaseExceptions; raised again below
+    except BaseException as caught:  # pytest's own outcomes are BaseExceptions; raised again below
         error = caught
     text = None if error is None else "".join(traceback.format_exception(error))
     failures = {rank: text for rank, text in enumerate(MPI.COMM_WORLD.allgather(text)) if text is not None}
@@ -91,9 +92,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
             "OMP_NUM_THREADS": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             **{
-                f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-                for prefix in ("OMPI", "PRTE")
-                for suffix in ("", "_CONFIRM")
+                f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1" for prefix in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
             },
         }
         return subprocess.run(

@@ -59,7 +59,9 @@ def test_an_uncaught_exception_on_one_rank_ends_the_job(mpirun):
 
 
 def test_a_rank_killed_ends_the_job(mpirun):
-    done = _run(mpirun, 2, "import os, signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntrain(model, opt, 5)")
+    done = _run(
+        mpirun, 2, "import os, signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntrain(model, opt, 5)"
+    )
     assert done.returncode != 0
 
 

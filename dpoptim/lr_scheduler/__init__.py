@@ -1,6 +1,7 @@
 """Every scheduler of ``torch.optim.lr_scheduler``. All take a ``DataParallelOptimizer`` as any torch optimizer.
 
-They are torch's own classes, except ``ReduceLROnPlateau``, which decides on the metric's mean over ranks.
+They are torch's own classes, except ``ReduceLROnPlateau``, which decides on the metric's mean over ranks, and
+``LinearScalingLR``, which torch lacks: the linear scaling rule with gradual warm-up.
 """
 
 from torch.optim.lr_scheduler import (
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from dpoptim.lr_scheduler.linear_scaling import LinearScalingLR
 from dpoptim.lr_scheduler.reduce_on_plateau import ReduceLROnPlateau
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LRScheduler",
     "LambdaLR",
     "LinearLR",
+    "LinearScalingLR",
     "MultiStepLR",
     "MultiplicativeLR",
     "OneCycleLR",

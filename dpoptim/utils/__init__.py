@@ -1,5 +1,6 @@
 """Helpers beside the optimizer."""
 
-from dpoptim.utils import consistency
+from dpoptim.utils import consistency, plateau
+from dpoptim.utils.plateau import DetectMetricPlateau
 
-__all__ = ["consistency"]
+__all__ = ["DetectMetricPlateau", "consistency", "plateau"]

@@ -1,0 +1,23 @@
+"""``python -m dpoptim info`` and ``check``: what this machine and MPI are, and whether N ranks equal one process."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dpoptim.diagnostics import check, info
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; collective under mpirun. Return the exit status, the same on every rank."""
+    parser = argparse.ArgumentParser(prog="python -m dpoptim", description="Data-parallel optimizers over MPI.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="say what MPI, nodes, ranks and torch are here, and how optimizers step")
+    commands.add_parser("check", help="train on all ranks and in one process, and compare (under mpirun)")
+    command = parser.parse_args(arguments).command
+    return info() if command == "info" else check()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
