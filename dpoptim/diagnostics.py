@@ -1,6 +1,5 @@
 """What this machine is, and whether data parallelism is right on it."""
 
-import os
 import platform
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 import dpoptim.torch_optim as optimizers
 from dpoptim.communicator import Communicator
-from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.optimizer import DataParallelOptimizer, available_cores
 from dpoptim.utils.consistency import digest
 
 __all__ = ["check", "info"]
@@ -27,7 +26,7 @@ def info() -> int:
     nodes = communicator.topology.nodes
     sizes = sorted({len(node) for node in nodes})
     threads = sorted(set(communicator.all_gather_object(torch.get_num_threads())))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = sorted({len(available) for available in communicator.all_gather_object(available_cores())})
     rows = {
         "dpoptim": _version(),
         "MPI": communicator.library()["library"],
@@ -35,9 +34,9 @@ def info() -> int:
         "MPI thread level": communicator.library()["thread level"],
         "MPI reads GPU memory": communicator.library()["GPU-aware"],
         "ranks": str(communicator.world_size),
-        "nodes": f"{len(nodes)}, {' or '.join(map(str, sizes))} ranks a node",
+        "nodes": f"{len(nodes)}, {_either(sizes)} ranks a node",
         "torch": f"{torch.__version__}, Python {platform.python_version()}",
-        "threads a rank": f"{' or '.join(map(str, threads))} of {cores} cores (set OMP_NUM_THREADS)",
+        "threads a rank": f"{_either(threads)} on {_either(cores)} cores (set OMP_NUM_THREADS)",
         "accelerator": _accelerator(),
     }
     if communicator.rank == 0:
@@ -75,9 +74,9 @@ def check() -> int:
 def _first_difference(name: str, communicator: Communicator) -> str | None:
     """Return in which step N ranks part from one process, or None; the same on every rank, collective."""
     model, expected = _model(name), _model(name)
-    options: dict[str, Any] = {"max_iter": 3} if name == "LBFGS" else {}
-    opt = DataParallelOptimizer(getattr(optimizers, name)(model.parameters(), lr=0.01, **options))
-    plain = getattr(optimizers, name)(expected.parameters(), lr=0.01, **options)
+    options: dict[str, Any] = {"lr": 0.5, "max_iter": 4} if name == "LBFGS" else {"lr": 0.01}
+    opt = DataParallelOptimizer(getattr(optimizers, name)(model.parameters(), **options))
+    plain = getattr(optimizers, name)(expected.parameters(), **options)
     verdict = None
     for step in range(_NUM_STEPS):
         sizes = [2 + rank for rank in range(communicator.world_size)]
@@ -138,6 +137,10 @@ def _accelerator() -> str:
     if torch.accelerator.is_available():
         return f"{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
     return "none"
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))
 
 
 def _version() -> str:

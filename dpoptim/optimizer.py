@@ -17,7 +17,7 @@ from dpoptim.reducer import Reducer, is_reduced
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import ParameterFacts, check_optimizers_agree, raise_together
 
-__all__ = ["DataParallelOptimizer"]
+__all__ = ["DataParallelOptimizer", "available_cores"]
 
 
 class DataParallelOptimizer(Optimizer):
@@ -441,8 +441,17 @@ def _tensors(entry: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def available_cores() -> set[int]:
+    """Return the numbers of the cores that this rank may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def _has_spare_cores(communicator: Communicator) -> bool:
-    """Whether every node has a core left for a thread of each rank; the same on all ranks, collective."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    needed = communicator.topology.local_size * (torch.get_num_threads() + 1)
-    return all(communicator.all_gather_object(num_cores >= needed))
+    """Whether every node has a core left for a thread of each of its ranks; the same on all ranks, collective."""
+    wanted = communicator.all_gather_object((available_cores(), torch.get_num_threads() + 1))
+    return all(
+        len(set[int]().union(*(wanted[rank][0] for rank in node))) >= sum(wanted[rank][1] for rank in node)
+        for node in communicator.topology.nodes
+    )

