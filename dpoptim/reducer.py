@@ -285,7 +285,8 @@ class Reducer:
         num_entries = self.communicator.all_gather_object(indices.shape[1])
         all_indices = self._gather_rows(indices.t(), num_entries).t()
         all_values = self._gather_rows(values, num_entries)
-        gathered = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape, check_invariants=True)
+        with torch.sparse.check_sparse_tensor_invariants():  # said explicitly, or some versions of torch warn
+            gathered = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape)
         parameter.grad = gathered.coalesce()
 
     def _gather_rows(self, rows: Tensor, num_rows: Sequence[int]) -> Tensor:

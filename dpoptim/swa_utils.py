@@ -161,10 +161,9 @@ class _LayerStatistics:
 
     def write_back(self, total: Tensor) -> None:
         """Give the layer its statistics, from the sum of all ranks' flat tensors."""
-        self._layer.reset_running_stats()
         num_values, num_batches = total[:2].tolist()
         if not num_batches:
-            return
+            return  # no rank has called it: it stays reset, as in torch
         mean, var = (total[2:] / num_values).view_as(self._sums)
         for buffer, value in (
             (self._layer.running_mean, mean),

@@ -83,15 +83,14 @@ if checkpoint := comm.bcast(torch.load(path, weights_only=True) if comm.rank == 
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
 
-num_tokens = args.batch_size * args.context  # a step, of all ranks together
-progress = tqdm(range(done + 1, args.steps + 1), total=args.steps, initial=done, disable=comm.rank > 0)
-progress.unit, progress.unit_scale = " tokens", num_tokens
+steps = range(done + 1, args.steps + 1)
+progress = tqdm(steps, unit=" tokens", unit_scale=args.batch_size * args.context, disable=comm.rank > 0)
 if done and comm.rank == 0:
-    progress.write(f"{path}: {'resumed' if done < args.steps else 'finished already'} at step {done}")
+    progress.write(f"{path}: {'resumed' if steps else 'finished already'} at step {done}")
 for step in progress:
     starts = np.random.default_rng((args.seed, step)).integers(len(train) - args.context, size=args.batch_size)
     windows = train[torch.from_numpy(starts)[comm.rank :: comm.size, None] + torch.arange(args.context + 1)]
-    optimizer.batch_weight = len(windows)
+    optimizer.batch_weight = len(windows)  # some ranks have one more where their number doesn't divide the batch
     optimizer.zero_grad()
     loss = cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     loss.backward()
