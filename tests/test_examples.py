@@ -1,0 +1,75 @@
+"""The examples: the same curve on any number of ranks, resumed where they stopped, accurate."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ("--eval-every", "10", "--batch-size", "8", "--context", "32", "--steps", "20")
+GPT = str(EXAMPLES / "train_gpt.py")
+
+
+# Runs the example on a machine that fails right after its first checkpoint is complete.
+INTERRUPTED = f"""
+import pathlib, runpy, sys
+original = pathlib.Path.replace
+def replace(self, target):
+    original(self, target)
+    raise RuntimeError("the machine is gone")
+pathlib.Path.replace = replace
+runpy.run_path({GPT!r}, run_name="__main__")
+"""
+
+
+def _train_gpt(mpirun, num_ranks, output):
+    done = mpirun(num_ranks, GPT, "--output", str(output), *SHORT, timeout_s=110)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "history.json").read_text()), done
+
+
+def _assert_same_curve(history, expected):
+    for part in ("train", "validation"):
+        steps, losses = zip(*history[part], strict=True)
+        expected_steps, expected_losses = zip(*expected[part], strict=True)
+        assert steps == expected_steps
+        # float32 sums in another order, 2^-24 each, amplified by twenty steps of AdamW
+        assert losses == pytest.approx(expected_losses, rel=1e-4)
+
+
+def test_the_gpt_learns_the_same_curve_on_any_number_of_ranks(mpirun, tmp_path):
+    curves = {n: _train_gpt(mpirun, n, tmp_path / str(n))[0] for n in (1, 2, 3, 4)}
+    for n in (2, 3, 4):
+        _assert_same_curve(curves[n], curves[1])
+    assert curves[1]["validation"][-1][1] < curves[1]["validation"][0][1]
+
+
+def test_the_gpt_resumes_on_another_number_of_ranks(mpirun, tmp_path):
+    whole, done = _train_gpt(mpirun, 2, tmp_path / "whole")
+    assert (tmp_path / "whole" / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert len(done.stdout) > 200, "a sample of text"
+
+    done = mpirun(2, "-c", INTERRUPTED, "--output", str(tmp_path / "parts"), *SHORT)
+    assert done.returncode != 0
+    assert "the machine is gone" in done.stderr
+    resumed, done = _train_gpt(mpirun, 3, tmp_path / "parts")
+    assert "resumed at step 10" in done.stdout + done.stderr
+    _assert_same_curve(resumed, whole)
+
+    again, done = _train_gpt(mpirun, 1, tmp_path / "parts")
+    assert "finished already at step 20" in done.stdout + done.stderr
+    assert again == resumed
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_the_digits_are_recognised(mpirun, num_ranks):
+    done = mpirun(num_ranks, "-W", "error", str(EXAMPLES / "train_digits.py"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    accuracies = [float(percent) for percent in re.findall(r"accuracy ([\d.]+)%", done.stdout)]
+    assert accuracies[-1] > 97
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "train_digits.py"])
+def test_examples_are_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) < 120
