@@ -10,6 +10,7 @@ import dpoptim.torch_optim as optimizers
 from dpoptim.communicator import Communicator
 from dpoptim.optimizer import DataParallelOptimizer, available_cores
 from dpoptim.utils.consistency import digest
+from dpoptim.version import __version__
 
 __all__ = ["check", "info"]
 
@@ -28,7 +29,7 @@ def info() -> int:
     threads = sorted(set(communicator.all_gather_object(torch.get_num_threads())))
     cores = sorted({len(available) for available in communicator.all_gather_object(available_cores())})
     rows = {
-        "dpoptim": _version(),
+        "dpoptim": __version__,
         "MPI": communicator.library()["library"],
         "MPI standard": communicator.library()["standard"],
         "MPI thread level": communicator.library()["thread level"],
@@ -141,9 +142,3 @@ def _accelerator() -> str:
 
 def _either(values: list[int]) -> str:
     return " or ".join(map(str, values))
-
-
-def _version() -> str:
-    from dpoptim import __version__
-
-    return __version__

@@ -41,7 +41,7 @@ test_images, test_labels = (part[comm.rank :: comm.size] for part in test)  # ea
 
 torch.manual_seed(args.seed)
 model = nn.Sequential(convolution(1, 32), convolution(32, 64), nn.Flatten(), nn.Linear(256, 10))
-sgd = dpoptim.SGD(model.named_parameters(), lr=0.1, nesterov=True, momentum=0.9, weight_decay=5e-4)
+sgd = dpoptim.SGD(model.named_parameters(), lr=0.1, nesterov=True, momentum=0.9, weight_decay=5e-3)
 optimizer = dpoptim.DataParallelOptimizer(sgd, module=model)
 scheduler = dpoptim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, epochs=args.epochs, steps_per_epoch=len(loader))
 

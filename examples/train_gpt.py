@@ -84,7 +84,7 @@ if checkpoint := comm.bcast(torch.load(path, weights_only=True) if comm.rank == 
         part.load_state_dict(checkpoint[name])
 
 steps = range(done + 1, args.steps + 1)
-progress = tqdm(steps, unit=" tokens", unit_scale=args.batch_size * args.context, disable=comm.rank > 0)
+progress = tqdm(steps, unit=" tokens", unit_scale=args.batch_size * args.context, disable=comm.rank > 0 or not steps)
 if done and comm.rank == 0:
     progress.write(f"{path}: {'resumed' if steps else 'finished already'} at step {done}")
 for step in progress:

@@ -95,14 +95,15 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
                 f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1" for prefix in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
             },
         }
-        return subprocess.run(
-            [launcher, "-n", str(num_ranks), sys.executable, *args],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=environment,
-            cwd=cwd,
-            check=False,
-        )
+        command = [launcher, "-n", str(num_ranks), sys.executable, *args]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+        ) as job:
+            try:
+                output, errors = job.communicate(timeout=timeout_s)
+            except BaseException:
+                job.terminate()  # the launcher ends its ranks, which a kill of it would leave behind
+                raise
+        return subprocess.CompletedProcess(command, job.returncode, output, errors)
 
     return run

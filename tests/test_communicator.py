@@ -1,0 +1,226 @@
+"""Communicator: every collective, dtype, size and kind of communicator, against sums made of gathered objects."""
+
+import pytest
+import torch
+
+from dpoptim.communicator import Communicator
+from dpoptim.partition import even_counts, start_offsets
+
+pytestmark = pytest.mark.parallel
+
+SUMMED = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+MOVED_ONLY = [torch.bool, torch.float8_e4m3fn]
+NUMELS = [0, 1, 7, 1000]
+
+
+@pytest.fixture(params=[False, True], ids=["inline", "thread"])
+def communicator(request, any_comm):
+    made = Communicator(any_comm, overlap=request.param)
+    yield made
+    made.free()
+
+
+def _values(rank, numel, dtype):
+    """Return small integers that any dtype holds, and whose sums it holds too; other ones on every rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    values = torch.randint(0, 8, (numel,), generator=generator)
+    return values.to(torch.complex128).mul(1 + 2j).to(dtype) if dtype.is_complex else values.to(dtype)
+
+
+def _sum(communicator, numel, dtype):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    total = sum(_values(rank, numel, dtype).to(wide) for rank in range(communicator.world_size))
+    return total.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
+@pytest.mark.parametrize("numel", NUMELS)
+def test_all_reduce(communicator, dtype, numel):
+    tensor = _values(communicator.rank, numel, dtype)
+    communicator.all_reduce(tensor, async_op=True).wait()
+    assert torch.equal(tensor, _sum(communicator, numel, dtype))
+
+
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
+@pytest.mark.parametrize("even", [True, False])
+def test_reduce_scatter_and_all_gather(communicator, dtype, even):
+    numel = 11
+    counts = even_counts(numel, communicator.world_size)
+    if not even:  # one rank has all
+        counts = [0] * (communicator.world_size - 1) + [numel]
+    source = _values(communicator.rank, numel, dtype)
+    before = source.clone()
+    part = torch.empty(counts[communicator.rank], dtype=dtype)
+    communicator.reduce_scatter(part, source, counts=None if even else counts, async_op=True).wait()
+    total = _sum(communicator, numel, dtype)
+    offset = start_offsets(counts)[communicator.rank]
+    assert torch.equal(part, total[offset : offset + counts[communicator.rank]])
+    assert torch.equal(source, before), "the input is left unchanged"
+    whole = torch.empty(numel, dtype=dtype)
+    communicator.all_gather(whole, part, counts=None if even else counts, async_op=True).wait()
+    assert torch.equal(whole, total)
+
+
+@pytest.mark.parametrize("dtype", SUMMED + MOVED_ONLY, ids=str)
+def test_broadcast_and_all_gather_move_any_dtype(communicator, dtype):
+    root = communicator.world_size - 1
+    tensor = _values(communicator.rank, 9, dtype)
+    communicator.broadcast(tensor, root=root, async_op=True).wait()
+    assert torch.equal(tensor.view(torch.uint8), _values(root, 9, dtype).view(torch.uint8))
+    part = _values(communicator.rank, 3, dtype)
+    whole = torch.empty(3 * communicator.world_size, dtype=dtype)
+    communicator.all_gather(whole, part)
+    expected = torch.cat([_values(rank, 3, dtype) for rank in range(communicator.world_size)])
+    assert torch.equal(whole.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_all_gather_in_place(communicator):
+    whole = torch.zeros(2 * communicator.world_size)
+    own = whole[2 * communicator.rank :][:2].fill_(communicator.rank)
+    communicator.all_gather(whole, own)
+    assert whole.tolist() == [float(rank) for rank in range(communicator.world_size) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("max_bytes", [1, 8, 40])
+def test_messages_cut_small_give_the_same(communicator, monkeypatch, dtype, max_bytes):
+    numel = 23
+    monkeypatch.setattr(Communicator, "max_message_bytes", max_bytes)
+    total = _sum(communicator, numel, dtype)
+    tensor = _values(communicator.rank, numel, dtype)
+    communicator.all_reduce(tensor)
+    assert torch.equal(tensor, total)
+    counts = even_counts(numel, communicator.world_size)
+    part = torch.empty(counts[communicator.rank], dtype=dtype)
+    communicator.reduce_scatter(part, _values(communicator.rank, numel, dtype))
+    whole = torch.empty(numel, dtype=dtype)
+    communicator.all_gather(whole, part)
+    assert torch.equal(whole, total)
+    tensor = _values(communicator.rank, numel, dtype)
+    communicator.broadcast(tensor)
+    assert torch.equal(tensor, _values(0, numel, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_sums_are_accumulated_in_float32(world, dtype):
+    """One large number and many small ones, each of which alone vanishes beside it in 16 bits."""
+    communicator = Communicator(world)
+    large = 2.0 ** (11 if dtype == torch.float16 else 8)
+    tensor = torch.tensor([large if communicator.rank == 0 else 1.0], dtype=dtype)
+    communicator.all_reduce(tensor)
+    exact = torch.tensor(large + communicator.world_size - 1, dtype=torch.float64)
+    assert torch.equal(tensor[0], exact.to(dtype))
+    communicator.free()
+
+
+def test_results_are_the_same_bits_on_all_ranks(communicator):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(communicator.rank)
+        tensor = torch.randn(3001, generator=generator, dtype=torch.float64).to(dtype)
+        communicator.all_reduce(tensor)
+        bits = communicator.all_gather_object(tensor.view(torch.uint8).numpy().tobytes())
+        assert len(set(bits)) == 1
+
+
+def test_more_than_2_31_elements(world):
+    if world.size != 2:
+        pytest.skip("5 GB a rank: on two ranks only")
+    numel = 2**31 + 9
+    communicator = Communicator(world)
+    tensor = torch.ones(numel, dtype=torch.int8)
+    tensor[-1] = world.rank
+    communicator.all_reduce(tensor)
+    assert tensor[-1] == 1
+    assert tensor[0] == tensor[2**31] == 2
+    communicator.broadcast(tensor)
+    communicator.free()
+
+
+def test_two_communicators_do_not_mix(world):
+    first, second = Communicator(world, overlap=True), Communicator(world, overlap=True)
+    a, b = torch.full((1000,), 1.0), torch.full((1000,), 10.0)
+    order = [(first, a), (second, b)]
+    works = [made.all_reduce(tensor, async_op=True) for made, tensor in order[:: 1 if world.rank % 2 else -1]]
+    for work in works:
+        work.wait()
+    assert a[0] == world.size
+    assert b[0] == 10 * world.size
+    first.free()
+    second.free()
+
+
+def test_objects(communicator):
+    assert communicator.all_gather_object({"rank": communicator.rank}) == [
+        {"rank": rank} for rank in range(communicator.world_size)
+    ]
+    assert communicator.broadcast_object(communicator.rank, root=communicator.world_size - 1) == (
+        communicator.world_size - 1
+    )
+    communicator.barrier()
+
+
+def test_shared_duplicates_belong_to_their_communicator(world):
+    shared = Communicator.shared(world)
+    assert Communicator.shared(None) is shared
+    other = world.Dup()
+    assert Communicator.shared(other) is not shared
+    assert Communicator.shared(other) is Communicator.shared(other)
+    Communicator.shared(other).free()
+    other.Free()
+
+
+def test_topology(communicator):
+    topology = communicator.topology
+    assert sorted(rank for node in topology.nodes for rank in node) == list(range(communicator.world_size))
+    assert topology.nodes[topology.node][topology.local_rank] == communicator.rank
+    assert topology.local_size == len(topology.nodes[topology.node])
+
+
+def test_heat_communicators(world):
+    heat = pytest.importorskip("heat", reason="Heat is not installed in this environment")
+    for comm in (heat.MPI_WORLD, heat.MPI_SELF, heat.MPI_WORLD.Split(color=world.rank % 2)):
+        communicator = Communicator(comm)
+        tensor = torch.ones(3)
+        communicator.all_reduce(tensor)
+        assert tensor[0] == comm.size == communicator.world_size
+        communicator.free()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_what_has_no_sum(communicator):
+    for dtype in MOVED_ONLY:
+        with pytest.raises(TypeError, match=f"tensors of {dtype} have no sum over ranks"):
+            communicator.all_reduce(torch.zeros(2).to(dtype))
+        with pytest.raises(TypeError, match="have no sum"):
+            communicator.reduce_scatter(torch.zeros(2).to(dtype), torch.zeros(2).to(dtype))
+
+
+def test_strided_tensors_are_refused(communicator):
+    with pytest.raises(ValueError, match=r"must be contiguous, got strides \(1, 3\) for shape \(3, 2\)"):
+        communicator.all_reduce(torch.zeros(2, 3).t())
+
+
+def test_wrong_roots_and_counts(communicator):
+    with pytest.raises(ValueError, match=f"root must be a rank, 0 to {communicator.world_size - 1}, got 9"):
+        communicator.broadcast(torch.zeros(2), root=9)
+    with pytest.raises(ValueError, match="counts must have one entry a rank"):
+        communicator.all_gather(torch.zeros(5), torch.zeros(3), counts=[3])
+    with pytest.raises(ValueError, match="the part must have the dtype and device of the whole"):
+        communicator.all_gather(torch.zeros(communicator.world_size), torch.zeros(1, dtype=torch.float64))

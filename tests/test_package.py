@@ -1,0 +1,129 @@
+"""The structure: levels, public names, and an import that starts nothing."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpoptim
+
+ROOT = Path(dpoptim.__file__).parent
+LEVELS = {
+    "version": 0,
+    "partition": 0,
+    "bucket": 0,
+    "communicator": 1,
+    "roll_call": 2,
+    "comm_hooks": 2,
+    "utils": 2,
+    "reducer": 3,
+    "optimizer": 4,
+    "torch_optim": 5,
+    "lr_scheduler": 5,
+    "swa_utils": 5,
+    "diagnostics": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+FILES = sorted(ROOT.rglob("*.py"))
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "dpoptim."))
+
+
+def _place(dotted):
+    """Return the name in LEVELS of a module such as ``dpoptim.utils.consistency``."""
+    parts = dotted.split(".")[1:]
+    return parts[0] if parts else "__init__"
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "dpoptim":
+                known = (f"dpoptim.{alias.name}" for alias in node.names)
+                yield from (name if _place(name) in LEVELS else "dpoptim" for name in known)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_lower_levels(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    own = parts[0]
+    assert own in LEVELS, f"give {own} a level here and in docs/architecture.md"
+    for name in _imports(path):
+        if name.split(".")[0] != "dpoptim":
+            continue
+        other = _place(name)
+        if other == own and len(parts) > 1:
+            continue  # within a package
+        assert LEVELS[other] < LEVELS[own], f"{own} (level {LEVELS[own]}) imports {other} (level {LEVELS[other]})"
+
+
+def test_one_file_calls_mpi():
+    users = [path.name for path in FILES if any(name.startswith("mpi4py") for name in _imports(path))]
+    assert users == ["communicator.py"]
+
+
+@pytest.mark.parametrize("name", ["dpoptim", *MODULES])
+def test_every_module_lists_its_names(name):
+    if name.endswith("__main__"):
+        return
+    module = importlib.import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public in module.__all__:
+        assert hasattr(module, public), f"{name}.{public}"
+        value = getattr(module, public)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), f"{name}.{public} has no docstring"
+
+
+def test_public_names_are_pinned():
+    assert set(dpoptim.__all__) - set(dpoptim.torch_optim.__all__) == {
+        "DataParallelOptimizer",
+        "__version__",
+        "comm_hooks",
+        "lr_scheduler",
+        "swa_utils",
+        "utils",
+    }
+
+
+def test_every_optimizer_of_torch_is_here():
+    theirs = {
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
+    }
+    for name in theirs:
+        assert issubclass(getattr(dpoptim, name), getattr(torch.optim, name))
+        assert name in dpoptim.__all__
+
+
+def test_every_scheduler_of_torch_is_here():
+    for name in torch.optim.lr_scheduler.__all__:
+        assert issubclass(getattr(dpoptim.lr_scheduler, name), getattr(torch.optim.lr_scheduler, name))
+
+
+def test_importing_starts_nothing():
+    program = """
+import logging, sys, warnings
+import torch
+before = (torch.random.get_rng_state().tolist(), torch.get_default_dtype(), sys.excepthook, list(warnings.filters),
+          list(logging.root.handlers), torch.get_num_threads())
+import dpoptim, dpoptim.swa_utils, dpoptim.lr_scheduler, dpoptim.utils
+assert "mpi4py.MPI" not in sys.modules
+assert before == (torch.random.get_rng_state().tolist(), torch.get_default_dtype(), sys.excepthook,
+                  list(warnings.filters), list(logging.root.handlers), torch.get_num_threads())
+assert not logging.getLogger("dpoptim").handlers
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,40 @@
+"""Who owns which slice."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpoptim.partition import even_counts, group_by_size, start_offsets
+
+
+@given(st.integers(0, 10**12), st.integers(1, 2000))
+def test_even_counts_differ_by_at_most_one(numel, num_parts):
+    counts = even_counts(numel, num_parts)
+    assert len(counts) == num_parts
+    assert sum(counts) == numel
+    assert max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)
+
+
+@given(st.lists(st.integers(0, 100), max_size=20))
+def test_offsets_are_the_sums_before(counts):
+    assert start_offsets(counts) == [sum(counts[:part]) for part in range(len(counts))]
+
+
+@given(st.lists(st.integers(0, 100), max_size=50), st.integers(1, 150))
+def test_groups_keep_the_order_and_the_limit(sizes, limit):
+    groups = group_by_size(sizes, limit)
+    assert [item for group in groups for item in group] == list(range(len(sizes)))
+    filled = [sum(sizes[item] for item in group) for group in groups]
+    assert all(len(group) == 1 or size <= limit for group, size in zip(groups, filled, strict=True))
+    for size, (_, following) in zip(filled, pairwise(groups), strict=False):
+        assert size + sizes[following[0]] > limit, "a group is as full as the order allows"
+
+
+def test_bad_numbers():
+    with pytest.raises(ValueError, match="numel must be >= 0, got -1"):
+        even_counts(-1, 2)
+    with pytest.raises(ValueError, match="num_parts must be >= 1, got 0"):
+        even_counts(3, 0)
