@@ -260,12 +260,26 @@ class DataParallelOptimizer(Optimizer):
         """
         return nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
 
-    def mean(self, value: float) -> float:
-        """Return a number averaged over ranks with :attr:`batch_weight`; collective, the same on every rank."""
-        weight = self._reducer.batch_weight
-        total = torch.tensor([value * weight, weight], dtype=torch.float64)
+    def mean(self, value: float, *, weight: float | None = None) -> float:
+        """Return a number averaged over ranks; collective, the same on every rank.
+
+        Parameters
+        ----------
+        value : float
+            This rank's number, such as its loss.
+        weight : float, optional
+            This rank's weight, > 0; by default :attr:`batch_weight`.
+
+        Raises
+        ------
+        RuntimeError
+            On every rank, if one is elsewhere or has left the program.
+        """
+        weight = self._reducer.batch_weight if weight is None else weight
+        total_weight = self._reducer.meet("averaging a number", weight)
+        total = torch.tensor([value * weight], dtype=torch.float64)
         self._communicator.all_reduce(total)
-        return (total[0] / total[1]).item()
+        return total.item() / total_weight
 
     def average_buffers(self) -> None:
         """Replace the module's floating point buffers by their mean over ranks, the others by rank 0's; collective.

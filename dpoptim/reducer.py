@@ -140,6 +140,10 @@ class Reducer:
         ):
             self._reduce()
 
+    def meet(self, purpose: str, weight: float) -> float:
+        """Meet all ranks for the same purpose and return the sum of their weights; collective (Note [Roll call])."""
+        return self._roll_call.answer(f"optimizer {self._number}, step {self._num_steps}, {purpose}", weight)
+
     def count_step(self) -> None:
         """Note that the optimizer has made a step."""
         self._num_steps += 1
@@ -223,11 +227,8 @@ class Reducer:
         self._end()
 
     def _begin(self) -> None:
-        place = (
-            f"optimizer {self._number}, step {self._num_steps}, "
-            f"{self._num_local_backwards} backward passes in no_sync()"
-        )
-        self._scale = self.batch_weight / self._roll_call.answer(place, self.batch_weight)
+        purpose = f"{self._num_local_backwards} backward passes in no_sync()"
+        self._scale = self.batch_weight / self.meet(purpose, self.batch_weight)
 
     def _launch(self, bucket: Bucket) -> None:
         assert self._scale is not None

@@ -104,3 +104,38 @@ except RuntimeError as error:
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert f"<{rank}: the ranks are at different places (rank 1: optimizer 0, step 2" in done.stdout, done.stdout
+
+
+def test_a_rank_that_averages_while_others_train_is_an_error_on_all(mpirun):
+    done = _run(
+        mpirun,
+        2,
+        """
+try:
+    opt.mean(1.0) if rank == 0 else model(torch.ones(1, 3)).sum().backward()
+except RuntimeError as error:
+    print(f'<{rank}: {error}>')
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"<{rank}: the ranks are at different places (rank 1: optimizer 0, step 2, 0 backward" in done.stdout
+    assert "rank 0: optimizer 0, step 2, averaging a number" in done.stdout
+
+
+def test_a_metric_that_is_no_number_on_one_rank_is_an_error_on_all(mpirun):
+    done = _run(
+        mpirun,
+        2,
+        """
+scheduler = dpoptim.lr_scheduler.ReduceLROnPlateau(opt)
+try:
+    scheduler.step(torch.ones(2) if rank == 0 else 1.0)
+except (RuntimeError, ValueError) as error:
+    print(f'<{rank}: {error}>')
+train(model, opt)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "<1: on rank 0: " in done.stdout
+    assert "<0: " in done.stdout

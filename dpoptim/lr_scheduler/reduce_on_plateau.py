@@ -5,6 +5,7 @@ from typing import SupportsFloat
 import torch.optim.lr_scheduler
 
 from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.utils.consistency import raise_together
 
 __all__ = ["ReduceLROnPlateau"]
 
@@ -14,7 +15,7 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
     Each rank measures its own part of the data, so its metric differs; decided locally, learning rates and then
     parameters would drift apart. With a :class:`~dpoptim.DataParallelOptimizer` the metric is averaged over its ranks,
-    weighted by ``batch_weight``; with another optimizer this is torch's class unchanged. Arguments, ``state_dict`` and
+    each of which counts the same; with another optimizer this is torch's class unchanged. Arguments, ``state_dict`` and
     everything else are torch's.
     """
 
@@ -24,11 +25,21 @@ class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         Parameters
         ----------
         metrics : float or Tensor of one element
-            This rank's metric.
+            This rank's metric. Average it with :meth:`DataParallelOptimizer.mean` beforehand if ranks should count
+            differently.
         epoch : int, optional
             As in torch, deprecated there.
         """
-        metric = float(metrics)
         if isinstance(self.optimizer, DataParallelOptimizer):
-            metric = self.optimizer.mean(metric)
-        super().step(metric, epoch)
+            metrics = self._mean(self.optimizer, metrics)
+        super().step(metrics, epoch)
+
+    def _mean(self, optimizer: DataParallelOptimizer, metrics: SupportsFloat) -> float:
+        own, error = float("nan"), None
+        try:
+            own = float(metrics)
+        except (TypeError, ValueError, RuntimeError) as caught:
+            error = caught
+        mean = optimizer.mean(own, weight=1.0)
+        raise_together(optimizer.communicator, error)
+        return mean
