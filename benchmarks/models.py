@@ -23,8 +23,8 @@ class Task:
 
 def _mlp() -> Task:
     width = 1620
-    layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    return Task(nn.Sequential(*layers, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)), torch.randn(8, width))
+    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return Task(nn.Sequential(*layers[:-1]), torch.randn(8, width))
 
 
 def _transformer() -> Task:

@@ -22,19 +22,18 @@ reads device memory.
 import contextlib
 import ctypes
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dpoptim.errors import abort_on_uncaught_exception
 from dpoptim.partition import even_counts, start_offsets
 
-__all__ = ["Communicator", "Topology", "Work", "raised_on_all_ranks"]
+__all__ = ["Communicator", "Topology", "Work"]
 
 # Sums of these are done by MPI itself, in this precision. The values are names of mpi4py datatypes.
 _MPI_SUM_TYPES = {
@@ -144,7 +143,7 @@ class Communicator:
         self.topology = self._find_topology()
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         if self.world_size > 1:
-            _abort_on_uncaught_exception()
+            abort_on_uncaught_exception(_abort)
 
     @classmethod
     def shared(cls, comm: Any = None) -> "Communicator":
@@ -419,6 +418,14 @@ def _shared_key() -> int:
     return int(MPI.Comm.Create_keyval())
 
 
+def _abort() -> None:
+    """End every rank of the job."""
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(1)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """Return a 1-d view on the numbers of a contiguous tensor; complex ones as pairs of reals."""
     tensor = tensor.detach()
@@ -470,31 +477,3 @@ def _mpi_memory(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     for host, tensor in zip(hosts, tensors, strict=True):
         tensor.copy_(host, non_blocking=True)
     stream.synchronize()  # torch's pinned allocator would keep the buffer alive, MPI's next call would not
-
-
-# ------------------------------------------------------------------------------------------ errors, and the end
-
-
-def raised_on_all_ranks(error: BaseException) -> BaseException:
-    """Mark an error that every rank raises at the same place, so that each may end by itself and say why."""
-    error.__dict__["raised_on_all_ranks"] = True
-    return error
-
-
-@functools.cache
-def _abort_on_uncaught_exception() -> None:
-    """End the whole job when this rank dies of an exception, or the others would wait for it for ever."""
-    previous = sys.excepthook
-
-    def report_and_abort(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        previous(kind, error, traceback)
-        if getattr(error, "raised_on_all_ranks", False):
-            return
-        from mpi4py import MPI
-
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if not MPI.Is_finalized():
-            MPI.COMM_WORLD.Abort(1)
-
-    sys.excepthook = report_and_abort

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
@@ -15,7 +14,8 @@ from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.communicator import Communicator
 from dpoptim.reducer import Reducer, is_reduced
 from dpoptim.roll_call import RollCall
-from dpoptim.utils.consistency import ParameterFacts, check_optimizers_agree, raise_together
+from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
+from dpoptim.utils.consistency import raise_together
 
 __all__ = ["DataParallelOptimizer", "available_cores"]
 
@@ -86,10 +86,10 @@ class DataParallelOptimizer(Optimizer):
         pre_hooks.move_to_end(_FIRST_HOOK, last=False)
         self._is_constructed = True
 
-        settings = {"bucket_mb": repr(bucket_mb), "comm_hook": repr(comm_hook and _qualified_name(comm_hook))}
+        settings = {"bucket_mb": repr(bucket_mb), "comm_hook": repr(comm_hook and qualified_name(comm_hook))}
         if module is not None:
-            settings["module"] = _module_text(module)
-        _check_alike(roll_call.communicator, optimizer, _names(optimizer.param_groups, module), settings)
+            settings["module"] = describe_module(module)
+        check_alike(roll_call.communicator, optimizer, parameter_names(optimizer.param_groups, module), settings)
         if overlap == "auto":
             overlap = _has_spare_cores(roll_call.communicator)
         self._communicator = roll_call.communicator.duplicate(overlap=bool(overlap))
@@ -99,7 +99,7 @@ class DataParallelOptimizer(Optimizer):
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
         )
-        self._reducer.add_parameters(self._parameters(), _names(optimizer.param_groups, module))
+        self._reducer.add_parameters(self._parameters(), parameter_names(optimizer.param_groups, module))
         self._broadcast(self._parameters())
         self._broadcast([value for entry in state.values() for value in _tensors(entry)])
         if module is not None:
@@ -182,8 +182,8 @@ class DataParallelOptimizer(Optimizer):
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
-        names = _names(self.param_groups, self._module)
-        _check_alike(self._communicator, self._optimizer, names, {})
+        names = parameter_names(self.param_groups, self._module)
+        check_alike(self._communicator, self._optimizer, names, {})
         self._reducer.add_parameters(self._parameters()[num_before:], names[num_before:])
         self._broadcast(self._parameters()[num_before:])
 
@@ -384,65 +384,6 @@ def _already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
                 "detach() that one first"
             )
     return None
-
-
-def _names(param_groups: Sequence[dict[str, Any]], module: nn.Module | None) -> list[str]:
-    """Return a name for every parameter: the optimizer's own, else the module's, else its place."""
-    by_identity = {} if module is None else {id(parameter): name for name, parameter in module.named_parameters()}
-    names: list[str] = []
-    for number, group in enumerate(param_groups):
-        own = group.get("param_names")
-        for index, parameter in enumerate(group["params"]):
-            place = f"{index} of group {number}"
-            names.append(own[index] if own else by_identity.get(id(parameter), place))
-    return names
-
-
-def _qualified_name(function: Any) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _module_text(module: nn.Module) -> str:
-    """Describe everything of a module that is broadcast."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    layout = repr([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors])
-    return (
-        f"{type(module).__name__} with {len(tensors)} parameters and buffers, layout {zlib.crc32(layout.encode()):08x}"
-    )
-
-
-def _check_alike(
-    communicator: Communicator, optimizer: Optimizer, names: Sequence[str], settings: dict[str, str]
-) -> None:
-    """Raise on all ranks if their optimizers differ; collective."""
-    parameters = [(number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
-    facts = [
-        ParameterFacts(name, number, tuple(p.shape), str(p.dtype), p.requires_grad)
-        for name, (number, p) in zip(names, parameters, strict=True)
-    ]
-    hyper_parameters = [
-        {key: _as_text(value) for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
-    state = [{key: _state_text(value) for key, value in optimizer.state.get(p, {}).items()} for _, p in parameters]
-    check_optimizers_agree(communicator, facts, hyper_parameters, {"optimizer": type(optimizer).__name__, **settings})
-    for name, (first, *others) in zip(names, zip(*communicator.all_gather_object(state), strict=True), strict=True):
-        for rank, other in enumerate(others, 1):
-            if other != first:
-                error = ValueError(
-                    f"parameter '{name}' has optimizer state {first} on rank 0 but {other} on rank {rank}: load the "
-                    "state on every rank, or on none"
-                )
-                raise_together(communicator, error)
-
-
-def _as_text(value: Any) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)
-
-
-def _state_text(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _tensors(entry: Any) -> Iterator[Tensor]:

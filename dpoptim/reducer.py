@@ -32,7 +32,8 @@ from torch.autograd import Variable
 
 from dpoptim.bucket import Bucket
 from dpoptim.comm_hooks import CommHook
-from dpoptim.communicator import Communicator, Work, raised_on_all_ranks
+from dpoptim.communicator import Communicator, Work
+from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import group_by_size
 from dpoptim.roll_call import RollCall
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from dpoptim.communicator import Communicator, raised_on_all_ranks
+from dpoptim.communicator import Communicator
+from dpoptim.errors import raised_on_all_ranks
 
 __all__ = ["RollCall"]
 

@@ -39,7 +39,8 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from dpoptim.communicator import Communicator, raised_on_all_ranks
+from dpoptim.communicator import Communicator
+from dpoptim.errors import raised_on_all_ranks
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 

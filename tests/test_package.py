@@ -16,6 +16,7 @@ import dpoptim
 ROOT = Path(dpoptim.__file__).parent
 LEVELS = {
     "version": 0,
+    "errors": 0,
     "partition": 0,
     "bucket": 0,
     "communicator": 1,
@@ -23,6 +24,7 @@ LEVELS = {
     "comm_hooks": 2,
     "utils": 2,
     "reducer": 3,
+    "signature": 3,
     "optimizer": 4,
     "torch_optim": 5,
     "lr_scheduler": 5,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoptim.communicator import Communicator, raised_on_all_ranks
+from dpoptim.communicator import Communicator
+from dpoptim.errors import raised_on_all_ranks
 
 __all__ = ["ParameterFacts", "check_optimizers_agree", "check_replicas", "digest", "raise_together"]
 
