@@ -239,19 +239,13 @@ class DataParallelOptimizer(Optimizer):
             )
         self._reducer.batch_weight = float(value)
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Keep gradients local in every ``backward()`` within; the next one outside reduces their sum.
 
         All ranks enter and leave it at the same places. Saves communication when gradients are accumulated over
         several batches. Without it accumulation is exact too.
         """
-        before = self._reducer.enabled
-        self._reducer.enabled = False
-        try:
-            yield
-        finally:
-            self._reducer.enabled = before
+        return self._reducer.no_sync()
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; return the norm before.

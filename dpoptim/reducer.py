@@ -21,7 +21,8 @@ hook fires in the outer task any more, ``step`` finishes the reduction. A rank o
 has no callback at all: it joins the others in ``step``.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ class Reducer:
     ----------
     batch_weight : float
         Weight of this rank's gradients in the mean.
-    enabled : bool
-        While False, gradients stay local (``no_sync``).
+    has_local_gradients : bool
+        Whether backward has run in :meth:`no_sync` since the last reduction.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Reducer:
     ) -> None:
         self.communicator = communicator
         self.batch_weight = 1.0
-        self.enabled = True
+        self.has_local_gradients = False
+        self._is_enabled = True
         self._roll_call = roll_call
         self._number = roll_call.enroll()
         self._comm_hook = comm_hook
@@ -100,21 +102,15 @@ class Reducer:
         self._order: list[int] = []
         # Where this rank is.
         self._num_steps = 0
-        self._num_local_backwards = 0
+        self._num_no_sync = 0
         self._reduced_since_step = False
         self._tasks: set[int] = set()
-        self._last_local_task = -1
         self._had_gradient: bytes | None = None
         # The reduction under way.
         self._scale: float | None = None
         self._arrived: list[int] = []
         self._launched: list[tuple[Bucket, Work]] = []
         self._misfit = False
-
-    @property
-    def has_local_gradients(self) -> bool:
-        """Whether backward has run without a reduction since the last one."""
-        return self._num_local_backwards > 0
 
     def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
         """Take over more parameters; all ranks with the same, in the same order, outside of backward."""
@@ -130,15 +126,24 @@ class Reducer:
         self._had_gradient = None
         self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
 
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep gradients local within; all ranks enter and leave it at the same places."""
+        before = self._is_enabled
+        self._is_enabled = False
+        self._num_no_sync += 1
+        try:
+            yield
+        finally:
+            self._is_enabled = before
+
     def finish(self) -> None:
         """Reduce now what has not been reduced since the last step; collective in that case.
 
         That is: no parameter of this rank had a gradient, or gradients are still local after ``no_sync``, or the
         end of backward could not be seen.
         """
-        if self.communicator.world_size > 1 and (
-            self._tasks or self._num_local_backwards or not self._reduced_since_step
-        ):
+        if self.communicator.world_size > 1 and (self._tasks or self._num_no_sync or not self._reduced_since_step):
             self._reduce()
 
     def meet(self, purpose: str, weight: float) -> float:
@@ -164,12 +169,10 @@ class Reducer:
 
     def on_gradient(self, index: int) -> None:
         """Take note that a parameter's gradient is ready; called by autograd."""
-        task = _current_graph_task_id()
-        if not self.enabled:
-            if task != self._last_local_task:
-                self._last_local_task = task
-                self._num_local_backwards += 1
+        if not self._is_enabled:
+            self.has_local_gradients = True
             return
+        task = _current_graph_task_id()
         if task not in self._tasks:
             self._tasks.add(task)
             Variable._execution_engine.queue_callback(self._on_backward_end)
@@ -228,8 +231,7 @@ class Reducer:
         self._end()
 
     def _begin(self) -> None:
-        purpose = f"{self._num_local_backwards} backward passes in no_sync()"
-        self._scale = self.batch_weight / self.meet(purpose, self.batch_weight)
+        self._scale = self.batch_weight / self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
 
     def _launch(self, bucket: Bucket) -> None:
         assert self._scale is not None
@@ -245,7 +247,8 @@ class Reducer:
         self._launched.clear()
         self._scale = None
         self._misfit = False
-        self._num_local_backwards = 0
+        self._num_no_sync = 0
+        self.has_local_gradients = False
         self._reduced_since_step = True
 
     def _gradients(self, bucket: Bucket) -> list[Tensor | None]:

@@ -134,6 +134,30 @@ def test_a_step_after_no_sync_alone_reduces_first(world):
     opt.detach()
 
 
+@pytest.mark.parametrize("no_sync", [True, False])
+def test_accumulation_where_some_ranks_have_no_gradient(world, no_sync):
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(), seeded()
+    opt = _wrap("AdamW", {"lr": 0.01}, model)
+    plain = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    for step in range(4):
+        opt.zero_grad()
+        plain.zero_grad()
+        for micro in range(3):
+            batch = joined_batch(10 * step + micro, sizes)
+            with opt.no_sync() if no_sync and micro < 2 else contextlib.nullcontext():
+                if micro == 2 or world.rank != (step + micro) % world.size or not no_sync:
+                    model(local_part(batch, sizes, world.rank)).pow(2).mean().backward()
+            for rank in range(world.size):
+                if micro == 2 or rank != (step + micro) % world.size or not no_sync:
+                    (expected(local_part(batch, sizes, rank)).pow(2).mean() / world.size).backward()
+        opt.step()
+        plain.step()
+        assert_replicas(opt, model)
+        assert_same_parameters(model, expected, step)
+    opt.detach()
+
+
 class Gated(nn.Module):
     """Uses each of its experts only if told to."""
 
