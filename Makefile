@@ -17,7 +17,7 @@ MAIN := .venv
 HEAT := .venv-heat
 PYTEST = -m pytest -q --color=no
 
-.PHONY: train test lint test-openmpi test-mpich info check clean
+.PHONY: train test lint test-openmpi test-mpich bench info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -37,7 +37,7 @@ test-mpich: $(HEAT)/.test
 
 # All tests in one process, then the parallel ones on every rank of 1 to 4.
 define run_tests
-@echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI  *\([^ ].*\)/\1/p;s/^torch *//p' | head -3 | paste -sd, -)"
+@echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI \{3,\}//p; s/^torch */torch /p' | paste -sd,)"
 OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
 @for n in 1 2 3 4; do \
 	echo "== mpirun -n $$n"; \
@@ -47,6 +47,10 @@ endef
 
 info: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info
+
+# The training step against torch's DDP, interleaved; needs a machine that is otherwise idle.
+bench: $(MAIN)/.train
+	OMP_NUM_THREADS=1 $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python benchmarks/step.py $(ARGS)
 
 check: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim check

@@ -284,7 +284,7 @@ class Communicator:
         if self._thread is None or not async_op:
             collective(*args)
             return _DONE
-        return _Submitted(self._thread.submit(collective, *args))
+        return _Submitted(self._thread.submit(_on_same_stream(collective, args[0].device), *args))
 
     def _buffer(self, tensor: Tensor) -> Any:
         return self._mpi.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
@@ -358,9 +358,8 @@ class Communicator:
         self._comm.Reduce(self._spec(chunk), receive, op=self._mpi.SUM, root=owner)
 
     def _all_gather(self, output: Tensor, tensor: Tensor, counts: list[int]) -> None:
-        offset = start_offsets(counts)[self.rank]
+        output.narrow(0, start_offsets(counts)[self.rank], counts[self.rank]).copy_(tensor)
         with _mpi_memory(output) as (host,):
-            host.narrow(0, offset, counts[self.rank]).copy_(tensor)
             if host.nbytes > self.max_message_bytes:
                 for owner, part in enumerate(torch.split(host, counts)):
                     self._broadcast(part, owner)
@@ -416,6 +415,19 @@ def _shared_key() -> int:
     from mpi4py import MPI
 
     return int(MPI.Comm.Create_keyval())
+
+
+def _on_same_stream(collective: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    """Let a collective on another thread wait for, and continue, the caller's current stream."""
+    if device.type == "cpu":
+        return collective
+    stream = torch.accelerator.current_stream(device)
+
+    def run(*args: Any) -> None:
+        torch.accelerator.set_stream(stream)
+        collective(*args)
+
+    return run
 
 
 def _abort() -> None:

@@ -207,18 +207,25 @@ class Reducer:
 
     def _reduce(self) -> None:
         """Make every gradient the weighted mean over ranks; collective."""
-        if self._scale is None:
-            self._begin()
-        for bucket in self._buckets[len(self._launched) :]:
-            self._launch(bucket)
-        for _, work in self._launched:
-            work.wait()
+        try:
+            if self._scale is None:
+                self._begin()
+            for bucket in self._buckets[len(self._launched) :]:
+                self._launch(bucket)
+            for _, work in self._launched:
+                work.wait()
+            self._take_over()
+        finally:
+            self._end()
+
+    def _take_over(self) -> None:
+        """Turn reduced buckets into gradients, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
         changed = torch.tensor([float(self._misfit or had_gradient != self._had_gradient)])
         self.communicator.all_reduce(changed)
         reports = self._exchange_reports(had_gradient) if changed.item() else None
         self._had_gradient = had_gradient
-        for bucket, _ in self._launched:
+        for bucket in self._buckets:
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()
         if reports is not None:
@@ -228,7 +235,6 @@ class Reducer:
                 self._reduce_sparse(index, sparse_dim)
         if reports is not None:
             self._replan(reports)
-        self._end()
 
     def _begin(self) -> None:
         self._scale = self.batch_weight / self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
