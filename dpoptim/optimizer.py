@@ -171,6 +171,7 @@ class DataParallelOptimizer(Optimizer):
         if not self._is_constructed:
             super().add_param_group(param_group)
             return
+        self._reducer.meet("adding a parameter group", 1.0)
         num_before = len(self._parameters())
         error = None
         try:
@@ -287,6 +288,7 @@ class DataParallelOptimizer(Optimizer):
         """
         if self._module is None:
             raise ValueError("average_buffers needs the model: construct DataParallelOptimizer(..., module=model)")
+        self._reducer.meet("averaging buffers", 1.0)
         for buffer in self._module.buffers():
             if buffer.is_floating_point():
                 mean = buffer.detach().contiguous().clone().div_(self._communicator.world_size)

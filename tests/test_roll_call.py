@@ -106,21 +106,30 @@ except RuntimeError as error:
         assert f"<{rank}: the ranks are at different places (rank 1: optimizer 0, step 2" in done.stdout, done.stdout
 
 
-def test_a_rank_that_averages_while_others_train_is_an_error_on_all(mpirun):
+@pytest.mark.parametrize(
+    ("call", "purpose"),
+    [
+        ("opt.mean(1.0)", "averaging a number"),
+        ("opt.average_buffers()", "averaging buffers"),
+        ("opt.add_param_group({'params': [('new', torch.nn.Parameter(torch.ones(2)))]})", "adding a parameter group"),
+    ],
+)
+def test_a_rank_in_another_collective_while_others_train_is_an_error_on_all(mpirun, call, purpose):
     done = _run(
         mpirun,
         2,
-        """
+        f"""
+model, opt = make(module=torch.nn.Linear(3, 2))
 try:
-    opt.mean(1.0) if rank == 0 else model(torch.ones(1, 3)).sum().backward()
+    {call} if rank == 0 else model(torch.ones(1, 3)).sum().backward()
 except RuntimeError as error:
-    print(f'<{rank}: {error}>')
+    print(f'<{{rank}}: {{error}}>')
 """,
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert f"<{rank}: the ranks are at different places (rank 1: optimizer 0, step 2, 0 no_sync" in done.stdout
-    assert "rank 0: optimizer 0, step 2, averaging a number" in done.stdout
+        assert f"<{rank}: the ranks are at different places (rank 1: optimizer 1, step 0, 0 no_sync" in done.stdout
+    assert f"rank 0: optimizer 1, step 0, {purpose}" in done.stdout
 
 
 def test_a_metric_that_is_no_number_on_one_rank_is_an_error_on_all(mpirun):
