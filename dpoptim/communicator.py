@@ -1,28 +1,16 @@
-"""The one file that calls MPI: collectives on flat torch tensors of any dtype, size and device.
+"""Communicator: collectives on torch tensors of any dtype, size and device, by the fastest way there is.
 
-Note [Wire precision]
----------------------
-MPI has no sum for bfloat16 and, portably, none for float16. User-defined reduction operations would run Python
-for every message and are wrong in the non-blocking collectives of some MPIs (open-mpi/ompi#1754). Hence tensors
-of 16 bits travel as bytes: every rank receives all ranks' values of the part that it owns, sums them in float32
-in the order of ranks, rounds once, and sends the result to all. The result is the same bits on every rank.
-
-Note [Large messages]
----------------------
-An MPI-3 count is a C int. Messages are cut to ``max_message_bytes``, which also bounds the scratch memory of MPI
-and of the 16-bit sums.
-
-Note [Device tensors]
----------------------
-Device memory is handed to MPI only where the MPI library itself answers that it can read it. Everywhere else it
-is copied through a pinned host buffer. MPI knows nothing of streams: the current stream is synchronised before MPI
-reads device memory.
+Note [Ways]
+-----------
+Ranks of one node sum large tensors through shared memory (:mod:`dpoptim.shared_memory`), all else goes by messages
+(:mod:`dpoptim.messages`). With several nodes the ranks of a node first divide the sum among them; each then
+all-reduces its part with its counterparts on the other nodes, so that all ranks drive the network together; last they
+share the results. Nodes of different sizes use as many ranks a node as the smallest has. The way depends on nothing
+but sizes, dtypes and what all ranks agreed on, so that all ranks take the same.
 """
 
-import contextlib
-import ctypes
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,25 +18,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpoptim import messages
+from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
+from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.shared_memory import SharedMemory, StagingArea
 
 __all__ = ["Communicator", "Topology", "Work"]
 
-# Sums of these are done by MPI itself, in this precision. The values are names of mpi4py datatypes.
-_MPI_SUM_TYPES = {
-    torch.float64: "DOUBLE",
-    torch.float32: "FLOAT",
-    torch.int64: "INT64_T",
-    torch.int32: "INT32_T",
-    torch.int16: "INT16_T",
-    torch.int8: "INT8_T",
-    torch.uint64: "UINT64_T",
-    torch.uint32: "UINT32_T",
-    torch.uint16: "UINT16_T",
-    torch.uint8: "UINT8_T",
-}
-_SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
+
+# Below so many bytes a message is faster than two meetings at shared memory (measured; see docs/performance.md).
+_SHARED_MEMORY_BYTES = 1 << 18
 
 
 class Work(Protocol):
@@ -96,6 +78,16 @@ class Topology:
         """How many ranks this rank's node has."""
         return len(self.nodes[self.node])
 
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+        return len(self.nodes)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every node has the same number of ranks."""
+        return len({len(node) for node in self.nodes}) == 1
+
 
 class Communicator:
     """Collectives of torch tensors over a private duplicate of an MPI communicator.
@@ -127,34 +119,34 @@ class Communicator:
     max_message_bytes = 1 << 30
 
     def __init__(self, comm: Any = None, *, overlap: bool = False) -> None:
-        from mpi4py import MPI  # importing this initialises MPI, which importing dpoptim must not do
+        self._begin(Messages(comm, self.max_message_bytes), overlap)
 
-        self._mpi = MPI
-        self._comm = _checked(comm, MPI).Dup()
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self.rank: int = self._comm.Get_rank()
-        self.world_size: int = self._comm.Get_size()
-        if overlap and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            self._comm.Free()
+    def _begin(self, own_messages: Messages, overlap: bool) -> None:
+        self._messages = own_messages
+        self.rank, self.world_size = own_messages.rank, own_messages.world_size
+        if overlap and not messages.takes_threads():
+            own_messages.free()
             raise ValueError(
                 "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
                 "use overlap=False"
             )
+        self._node = own_messages.split_node()
         self.topology = self._find_topology()
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
+        self._ways: _NodeWays | None = None
+        self._why_no_ways: str | None = None
+        if self.world_size == self.topology.num_nodes:
+            self._why_no_ways = "every rank is alone on its node"
         if self.world_size > 1:
-            abort_on_uncaught_exception(_abort)
+            abort_on_uncaught_exception(messages.abort)
 
     @classmethod
     def shared(cls, comm: Any = None) -> "Communicator":
         """Return the one duplicate of ``comm`` that all callers share; collective at the first call for ``comm``."""
-        from mpi4py import MPI
-
-        comm = _checked(comm, MPI)
-        found = comm.Get_attr(_shared_key())
+        found = messages.attached(comm)
         if found is None:
             found = cls(comm)
-            comm.Set_attr(_shared_key(), found)
+            messages.attach(comm, found)
         assert isinstance(found, cls)
         return found
 
@@ -229,151 +221,204 @@ class Communicator:
 
     def barrier(self) -> None:
         """Wait until all ranks are here; collective."""
-        self._comm.Barrier()
+        self._messages.barrier()
+
+    # ---------------------------------------------------------------- in a node
+
+    def reduce_scatter_in_node(self, output: Tensor, tensor: Tensor, *, counts: Sequence[int]) -> None:
+        """Sum ``tensor`` over all ranks of all nodes, each part at one rank of every node; collective, blocks.
+
+        Parameters
+        ----------
+        output : Tensor, numel ``counts[local_rank]``
+            Receives the sum of this rank's part; may be that part of ``tensor``.
+        tensor : Tensor, numel ``sum(counts)``
+            The parts of all ranks of a node, one after another; the same division on every node.
+        counts : sequence of int
+            Elements of each local rank's part.
+
+        Raises
+        ------
+        RuntimeError
+            On every rank, if there is no shared memory.
+        """
+        flat = _flat(tensor)
+        counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
+        self._run(self._reduce_scatter_in_node, _flat(output), flat, counts, async_op=True).wait()
+
+    def node_barrier(self) -> None:
+        """Wait until all ranks of this node are here; collective in the node."""
+        self._node.barrier()
+
+    def share_in_node(self, num_bytes: int) -> SharedMemory:
+        """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.
+
+        Raises
+        ------
+        OSError
+            On every rank, if a node has none.
+        """
+        error, memory = None, None
+        try:
+            memory = SharedMemory(self._node, num_bytes)
+        except OSError as caught:
+            error = str(caught)
+        reason = next((text for text in self.all_gather_object(error) if text is not None), None)
+        if memory is None or reason is not None:
+            raise OSError(reason)
+        return memory
+
+    def node_memory(self) -> str:
+        """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""
+        self._find_ways()
+        return "yes" if self._why_no_ways is None else f"no ({self._why_no_ways})"
 
     # ---------------------------------------------------------------- small Python objects
 
     def all_gather_object(self, item: Any) -> list[Any]:
         """Return every rank's ``item``, in the order of ranks; collective. For small things: it is pickled."""
-        return list(self._comm.allgather(item))
+        return self._messages.all_gather_object(item)
 
     def broadcast_object(self, item: Any, *, root: int = 0) -> Any:
         """Return rank ``root``'s ``item``; collective. For small things: it is pickled."""
-        return self._comm.bcast(item, root=root)
+        return self._messages.broadcast_object(item, root)
 
     # ---------------------------------------------------------------- what this is
 
     def library(self) -> dict[str, str]:
         """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
-        mpi = self._mpi
-        levels = {
-            mpi.THREAD_SINGLE: "single",
-            mpi.THREAD_FUNNELED: "funneled",
-            mpi.THREAD_SERIALIZED: "serialized",
-            mpi.THREAD_MULTIPLE: "multiple",
-        }
-        aware = [device for device in ("cuda", "rocm") if _mpi_reads_device_memory(device)]
-        return {
-            "library": " ".join(mpi.Get_library_version().replace("\x00", "").splitlines()[0].split(",")[0].split()),
-            "standard": ".".join(map(str, mpi.Get_version())),
-            "thread level": levels[mpi.Query_thread()],
-            "GPU-aware": ", ".join(aware) or "no (device tensors go through pinned host memory)",
-        }
+        return messages.library()
 
     def duplicate(self, *, overlap: bool = False) -> "Communicator":
         """Return a communicator of the same ranks with messages of its own; collective."""
-        return Communicator(self._comm, overlap=overlap)
+        made = object.__new__(Communicator)
+        made._begin(self._messages.duplicate(), overlap)
+        return made
 
     def free(self) -> None:
-        """Give back the MPI communicator; collective. The object is unusable afterwards."""
+        """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
         if self._thread is not None:
             self._thread.shutdown()
-        if self._comm != self._mpi.COMM_NULL:
-            self._comm.Free()
+        if self._ways is not None and self._ways.counterparts is not None:
+            self._ways.counterparts.free()
+        self._ways = None
+        self._node.free()
+        self._messages.free()
 
     # ---------------------------------------------------------------- how
 
     def _find_topology(self) -> Topology:
-        node_comm = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank)
-        mine = tuple(node_comm.allgather(self.rank))
-        node_comm.Free()
-        nodes = tuple(sorted(set(self._comm.allgather(mine))))
+        mine = tuple(self._node.all_gather_object(self.rank))
+        nodes = tuple(sorted(set(self._messages.all_gather_object(mine))))
         return Topology(nodes, nodes.index(mine), mine.index(self.rank))
+
+    def _find_ways(self) -> "_NodeWays | None":
+        """Set up shared memory at its first use; collective then, with the same answer on all ranks."""
+        if self._ways is not None or self._why_no_ways is not None:
+            return self._ways
+        staging, error = None, None
+        if self.topology.local_size > 1:
+            try:
+                staging = StagingArea(self._node)
+            except OSError as caught:
+                error = str(caught)
+        self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)
+        if self._why_no_ways is not None:
+            logger.warning("ranks of a node exchange by messages: %s (rank %d)", self._why_no_ways, self.rank)
+            return None
+        counterparts = None
+        num_owners = min(len(node) for node in self.topology.nodes)
+        if self.topology.num_nodes > 1:
+            is_owner = self.topology.local_rank < num_owners
+            counterparts = self._messages.split(self.topology.local_rank if is_owner else None, self.topology.node)
+        self._ways = _NodeWays(staging, counterparts, num_owners)
+        return self._ways
+
+    def _ways_for(self, tensor: Tensor) -> "_NodeWays | None":
+        """Return the node's shared memory if this tensor is to go through it (Note [Ways])."""
+        return self._find_ways() if tensor.device.type == "cpu" and tensor.nbytes >= _SHARED_MEMORY_BYTES else None
 
     def _run(self, collective: Callable[..., None], *args: Any, async_op: bool) -> Work:
         if self._thread is None or not async_op:
             collective(*args)
             return _DONE
-        return _Submitted(self._thread.submit(_on_same_stream(collective, args[0].device), *args))
-
-    def _buffer(self, tensor: Tensor) -> Any:
-        return self._mpi.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
-
-    def _spec(self, tensor: Tensor) -> list[Any]:
-        """Describe a tensor to MPI as numbers that it can sum."""
-        return [self._buffer(tensor), tensor.numel(), getattr(self._mpi, _MPI_SUM_TYPES[tensor.dtype])]
-
-    def _chunks(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Cut a flat tensor into messages (Note [Large messages])."""
-        if tensor.nbytes <= self.max_message_bytes:
-            return (tensor,)
-        return torch.split(tensor, max(1, self.max_message_bytes // tensor.element_size()))
+        return _Submitted(self._thread.submit(on_same_stream(collective, args[0].device), *args))
 
     def _all_reduce(self, tensor: Tensor) -> None:
         if self.world_size == 1:
             return
-        with _mpi_memory(tensor) as (host,):
-            if host.dtype in _SUMMED_IN_FLOAT32:
-                self._all_reduce_in_float32(host)
-                return
-            for chunk in self._chunks(host):
-                self._comm.Allreduce(self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
+        with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
+            ways = self._ways_for(host) if StagingArea.sums(host.dtype) else None
+            if ways is None:
+                self._messages.all_reduce(host)
+            elif self.topology.num_nodes == 1:
+                ways.staging_area.all_reduce(host)
+            else:
+                counts = even_counts(host.numel(), ways.num_owners) + [0] * (self.topology.local_size - ways.num_owners)
+                parts = torch.split(host, counts)
+                own = parts[self.topology.local_rank]
+                self._sum_parts(ways, own, parts)
+                if ways.staging is not None:
+                    ways.staging.all_gather(parts)
 
-    def _all_reduce_in_float32(self, tensor: Tensor) -> None:
-        for chunk in self._chunks(tensor):
-            counts = even_counts(chunk.numel(), self.world_size)
-            part = chunk.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
-            self._sum_own_part(part, chunk, counts)
-            self._all_gather(chunk, part, counts)
+    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor]) -> None:
+        """Sum over the node, then over the counterparts on other nodes."""
+        if ways.staging is not None:
+            ways.staging.reduce_scatter(output, parts)
+        else:
+            output.copy_(parts[0])
+        if ways.counterparts is not None:
+            ways.counterparts.all_reduce(output)
 
-    def _sum_own_part(self, output: Tensor, source: Tensor, counts: Sequence[int]) -> None:
-        """Sum this rank's part in float32, in the order of ranks (Note [Wire precision])."""
-        size = source.element_size()
-        received = source.new_empty(self.world_size, counts[self.rank])
-        send_bytes = [count * size for count in counts]
-        own_bytes = counts[self.rank] * size
-        self._comm.Alltoallv(
-            [self._buffer(source), send_bytes, start_offsets(send_bytes), self._mpi.BYTE],
-            [
-                self._buffer(received),
-                [own_bytes] * self.world_size,
-                [rank * own_bytes for rank in range(self.world_size)],
-                self._mpi.BYTE,
-            ],
-        )
-        total = received[0].float()
-        for values in received[1:]:
-            total += values
-        output.copy_(total)
+    def _reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int]) -> None:
+        ways = self._find_ways()
+        if ways is None:
+            raise RuntimeError(f"node_shared=True needs shared memory on every node: {self._why_no_ways}")
+        with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
+            self._sum_parts(ways, host_output, torch.split(host_source, counts))
 
     def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int]) -> None:
-        with _mpi_memory(source, output) as (host_source, host_output):
-            if source.nbytes <= self.max_message_bytes:
-                if source.dtype in _SUMMED_IN_FLOAT32:
-                    self._sum_own_part(host_output, host_source, counts)
-                else:
-                    self._comm.Reduce_scatter(self._spec(host_source), self._spec(host_output), counts)
+        with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
+            ways = self._ways_for(host_source) if StagingArea.sums(host_source.dtype) else None
+            if ways is None or not self.topology.is_even:
+                self._messages.reduce_scatter(host_output, host_source, counts)
                 return
-            for owner, part in enumerate(torch.split(host_source, counts)):
-                for index, chunk in enumerate(self._chunks(part)):
-                    self._reduce_to(owner, chunk, self._chunks(host_output)[index] if owner == self.rank else None)
-
-    def _reduce_to(self, owner: int, chunk: Tensor, output: Tensor | None) -> None:
-        """Sum one message of a large reduce_scatter at its owner."""
-        if chunk.dtype in _SUMMED_IN_FLOAT32:
-            counts = [chunk.numel() if rank == owner else 0 for rank in range(self.world_size)]
-            self._sum_own_part(chunk.new_empty(0) if output is None else output, chunk, counts)
-            return
-        receive = None if output is None else self._spec(output)
-        self._comm.Reduce(self._spec(chunk), receive, op=self._mpi.SUM, root=owner)
+            parts = torch.split(host_source, counts)
+            if self.topology.num_nodes == 1:
+                ways.staging_area.reduce_scatter(host_output, parts)
+                return
+            own_counts = [counts[node[self.topology.local_rank]] for node in self.topology.nodes]
+            own_parts = host_source.new_empty(sum(own_counts))
+            for node, own in zip(self.topology.nodes, torch.split(own_parts, own_counts), strict=True):
+                ways.staging_area.reduce_scatter(own, [parts[rank] for rank in node])
+            assert ways.counterparts is not None
+            ways.counterparts.reduce_scatter(host_output, own_parts, own_counts)
 
     def _all_gather(self, output: Tensor, tensor: Tensor, counts: list[int]) -> None:
-        output.narrow(0, start_offsets(counts)[self.rank], counts[self.rank]).copy_(tensor)
-        with _mpi_memory(output) as (host,):
-            if host.nbytes > self.max_message_bytes:
-                for owner, part in enumerate(torch.split(host, counts)):
-                    self._broadcast(part, owner)
+        own = output.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+        if own.data_ptr() != tensor.data_ptr():
+            own.copy_(tensor)
+        with host_memory(output, direct=messages.reads_device_memory) as (host,):
+            ways = self._ways_for(host)
+            if ways is None or not self.topology.is_even:
+                self._messages.all_gather(host, counts)
                 return
-            counts_bytes = [count * host.element_size() for count in counts]
-            receive = [self._buffer(host), counts_bytes, start_offsets(counts_bytes), self._mpi.BYTE]
-            self._comm.Allgatherv(self._mpi.IN_PLACE, receive)
+            parts = torch.split(host, counts)
+            if ways.counterparts is not None:
+                own_ranks = [node[self.topology.local_rank] for node in self.topology.nodes]
+                gathered = torch.cat([parts[rank] for rank in own_ranks])
+                own_counts = [counts[rank] for rank in own_ranks]
+                ways.counterparts.all_gather(gathered, own_counts)
+                for rank, values in zip(own_ranks, torch.split(gathered, own_counts), strict=True):
+                    parts[rank].copy_(values)
+            for node in self.topology.nodes:
+                ways.staging_area.all_gather([parts[rank] for rank in node])
 
     def _broadcast(self, tensor: Tensor, root: int) -> None:
         if self.world_size == 1:
             return
-        with _mpi_memory(tensor) as (host,):
-            for chunk in self._chunks(host):
-                self._comm.Bcast([self._buffer(chunk), chunk.nbytes, self._mpi.BYTE], root=root)
+        with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
+            self._messages.broadcast(host, root)
 
     def _checked_counts(self, part: Tensor, whole: Tensor, counts: Sequence[int] | None) -> list[int]:
         """Return each rank's share in numbers of the flat view, where a complex element is two."""
@@ -391,51 +436,22 @@ class Communicator:
         return [2 * count for count in counts] if whole.is_complex() else list(counts)
 
 
+@dataclass(frozen=True)
+class _NodeWays:
+    """What ranks of a node have beside messages (Note [Ways])."""
+
+    staging: StagingArea | None
+    counterparts: Messages | None
+    num_owners: int
+
+    @property
+    def staging_area(self) -> StagingArea:
+        """The staging area, where every node has several ranks."""
+        assert self.staging is not None
+        return self.staging
+
+
 _DONE = _Done()
-
-
-def _checked(comm: Any, mpi: Any) -> Any:
-    """Return the mpi4py intracommunicator that ``comm`` is or holds."""
-    if comm is None:
-        return mpi.COMM_WORLD
-    if not isinstance(comm, mpi.Comm):
-        comm = getattr(comm, "handle", comm)  # Heat's MPICommunication holds mpi4py's
-    if not isinstance(comm, mpi.Comm):
-        raise TypeError(f"comm must be an mpi4py communicator, a Heat communicator or None, got {type(comm).__name__}")
-    if comm == mpi.COMM_NULL:
-        raise ValueError("comm must be a live communicator, got MPI.COMM_NULL (never made, or already freed)")
-    if comm.Is_inter():
-        raise ValueError("comm must be an intracommunicator, got an intercommunicator: Merge() it first")
-    return comm
-
-
-@functools.cache
-def _shared_key() -> int:
-    """Return the MPI attribute under which a communicator carries its shared duplicate."""
-    from mpi4py import MPI
-
-    return int(MPI.Comm.Create_keyval())
-
-
-def _on_same_stream(collective: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    """Let a collective on another thread wait for, and continue, the caller's current stream."""
-    if device.type == "cpu":
-        return collective
-    stream = torch.accelerator.current_stream(device)
-
-    def run(*args: Any) -> None:
-        torch.accelerator.set_stream(stream)
-        collective(*args)
-
-    return run
-
-
-def _abort() -> None:
-    """End every rank of the job."""
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        MPI.COMM_WORLD.Abort(1)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -451,41 +467,5 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _check_summable(dtype: torch.dtype) -> None:
-    if dtype not in _MPI_SUM_TYPES and dtype not in _SUMMED_IN_FLOAT32:
+    if not messages.has_sum(dtype):
         raise TypeError(f"tensors of {dtype} have no sum over ranks: convert to a wider dtype first")
-
-
-# ------------------------------------------------------------------------------------------ device memory
-
-
-@functools.cache
-def _mpi_reads_device_memory(device_type: str) -> bool:
-    """Ask the loaded MPI library whether it takes pointers to this kind of device memory."""
-    from mpi4py import MPI
-
-    name = {"cuda": "MPIX_Query_cuda_support", "rocm": "MPIX_Query_rocm_support"}.get(device_type)
-    query = getattr(ctypes.CDLL(MPI.__file__), name, None) if name else None
-    return bool(query()) if query is not None else False
-
-
-@contextlib.contextmanager
-def _mpi_memory(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors that MPI may read and write in place of these (Note [Device tensors])."""
-    device = tensors[0].device
-    if device.type == "cpu":
-        yield tensors
-        return
-    stream = torch.accelerator.current_stream(device)
-    device_type = "rocm" if torch.version.hip else device.type
-    if _mpi_reads_device_memory(device_type):
-        stream.synchronize()
-        yield tensors
-        return
-    hosts = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
-    for host, tensor in zip(hosts, tensors, strict=True):
-        host.copy_(tensor, non_blocking=True)
-    stream.synchronize()
-    yield hosts
-    for host, tensor in zip(hosts, tensors, strict=True):
-        tensor.copy_(host, non_blocking=True)
-    stream.synchronize()  # torch's pinned allocator would keep the buffer alive, MPI's next call would not

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import dpoptim.communicator
 from dpoptim.communicator import Communicator
+from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.shared_memory import StagingArea
 
 pytestmark = pytest.mark.parallel
 
@@ -28,9 +31,30 @@ MOVED_ONLY = [torch.bool, torch.float8_e4m3fn]
 NUMELS = [0, 1, 7, 1000]
 
 
-@pytest.fixture(params=[False, True], ids=["inline", "thread"])
-def communicator(request, any_comm):
-    made = Communicator(any_comm, overlap=request.param)
+class TinyStagingArea(StagingArea):
+    """One that needs many chunks for a few numbers."""
+
+    def __init__(self, node):
+        super().__init__(node, chunk_bytes=192)
+
+
+# Which node a rank seems to be on, or None for messages alone. With three ranks the nodes of both kinds are uneven.
+WAYS = {
+    "messages": None,
+    "memory": lambda rank: 0,
+    "blocks": lambda rank: rank // 2,
+    "round robin": lambda rank: rank % 2,
+}
+
+
+@pytest.fixture(params=[("messages", False), ("messages", True), *((way, way == "memory") for way in list(WAYS)[1:])])
+def communicator(request, any_comm, monkeypatch):
+    way, overlap = request.param
+    if WAYS[way] is not None:
+        monkeypatch.setattr(dpoptim.communicator, "_SHARED_MEMORY_BYTES", 0)
+        monkeypatch.setattr(dpoptim.communicator, "StagingArea", TinyStagingArea)
+        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(WAYS[way](self.rank), self.rank))
+    made = Communicator(any_comm, overlap=overlap)
     yield made
     made.free()
 
@@ -100,7 +124,7 @@ def test_all_gather_in_place(communicator):
 @pytest.mark.parametrize("max_bytes", [1, 8, 40])
 def test_messages_cut_small_give_the_same(communicator, monkeypatch, dtype, max_bytes):
     numel = 23
-    monkeypatch.setattr(Communicator, "max_message_bytes", max_bytes)
+    monkeypatch.setattr(communicator._messages, "max_message_bytes", max_bytes)
     total = _sum(communicator, numel, dtype)
     tensor = _values(communicator.rank, numel, dtype)
     communicator.all_reduce(tensor)
@@ -182,6 +206,33 @@ def test_shared_duplicates_belong_to_their_communicator(world):
     assert Communicator.shared(other) is Communicator.shared(other)
     Communicator.shared(other).free()
     other.Free()
+
+
+def test_the_part_in_a_node_is_the_sum_over_all_nodes(communicator):
+    topology = communicator.topology
+    counts = even_counts(23, min(len(node) for node in topology.nodes))
+    counts += [0] * (topology.local_size - len(counts))
+    start, count = start_offsets(counts)[topology.local_rank], counts[topology.local_rank]
+    for dtype in (torch.float64, torch.bfloat16, torch.complex64):
+        source = _values(communicator.rank, 23, dtype)
+        part = torch.empty(count, dtype=dtype)
+        if communicator.node_memory() == "yes":
+            communicator.reduce_scatter_in_node(part, source, counts=counts)
+            assert torch.equal(part, _sum(communicator, 23, dtype)[start : start + count])
+        else:
+            with pytest.raises(RuntimeError, match="needs shared memory on every node"):
+                communicator.reduce_scatter_in_node(part, source, counts=counts)
+
+
+def test_memory_shared_in_a_node(communicator):
+    memory = communicator.share_in_node(80)
+    numbers = memory.tensor(torch.float64, [10])
+    if communicator.topology.local_rank == 0:
+        numbers.copy_(torch.arange(10.0))
+    communicator.barrier()
+    assert numbers.tolist() == list(range(10))
+    assert memory.tensor(torch.float64, [2, 2], offset_bytes=48).tolist() == [[6, 7], [8, 9]]
+    communicator.barrier()
 
 
 def test_topology(communicator):

@@ -1,0 +1,281 @@
+"""The one file that calls MPI: collectives of flat host tensors by messages.
+
+Note [Wire precision]
+---------------------
+MPI has no sum for bfloat16 and, portably, none for float16. User-defined reduction operations would run Python
+for every message and are wrong in the non-blocking collectives of some MPIs (open-mpi/ompi#1754). Hence tensors
+of 16 bits travel as bytes: every rank receives all ranks' values of the part that it owns, sums them in float32
+in the order of ranks, rounds once, and sends the result to all. The result is the same bits on every rank.
+
+Note [Large messages]
+---------------------
+An MPI-3 count is a C int. Messages are cut to ``max_message_bytes``, which also bounds the scratch memory of MPI
+and of the 16-bit sums.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpoptim.partition import even_counts, start_offsets
+
+__all__ = ["SUMMED_IN_FLOAT32", "Messages", "abort", "has_sum", "library", "reads_device_memory", "takes_threads"]
+
+# Sums of these are done by MPI itself, in this precision. The values are names of mpi4py datatypes.
+_MPI_SUM_TYPES = {
+    torch.float64: "DOUBLE",
+    torch.float32: "FLOAT",
+    torch.int64: "INT64_T",
+    torch.int32: "INT32_T",
+    torch.int16: "INT16_T",
+    torch.int8: "INT8_T",
+    torch.uint64: "UINT64_T",
+    torch.uint32: "UINT32_T",
+    torch.uint16: "UINT16_T",
+    torch.uint8: "UINT8_T",
+}
+SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
+
+
+class Messages:
+    """A private duplicate of an MPI communicator, and the collectives on it.
+
+    Every method named after a collective is one, and blocks. Tensors are contiguous, flat, not complex, and in memory
+    that MPI reads; arguments are the caller's to check.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm or heat.core.communication.MPICommunication, optional
+        An intracommunicator; ``None`` is ``COMM_WORLD``.
+    max_message_bytes : int
+        Longer messages are cut.
+    """
+
+    def __init__(self, comm: Any, max_message_bytes: int) -> None:
+        from mpi4py import MPI  # importing this initialises MPI, which importing dpoptim must not do
+
+        self._mpi = MPI
+        self._comm = _checked(comm, MPI).Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank: int = self._comm.Get_rank()
+        self.world_size: int = self._comm.Get_size()
+        self.max_message_bytes = max_message_bytes
+
+    def duplicate(self) -> "Messages":
+        """Return the same ranks with messages of their own; collective."""
+        return Messages(self._comm, self.max_message_bytes)
+
+    def split(self, color: int | None, key: int) -> "Messages | None":
+        """Return the ranks of the same color, ordered by key; None without a color. Collective."""
+        part = self._comm.Split(self._mpi.UNDEFINED if color is None else color, key)
+        return None if part == self._mpi.COMM_NULL else self._adopt(part)
+
+    def split_node(self) -> "Messages":
+        """Return the ranks that can share memory with this one; collective."""
+        return self._adopt(self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank))
+
+    def free(self) -> None:
+        """Give back the MPI communicator; collective."""
+        if self._comm != self._mpi.COMM_NULL:
+            self._comm.Free()
+
+    # ---------------------------------------------------------------- collectives
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self._comm.Barrier()
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Return every rank's item, pickled on the way."""
+        return list(self._comm.allgather(item))
+
+    def broadcast_object(self, item: Any, root: int) -> Any:
+        """Return the root's item, pickled on the way."""
+        return self._comm.bcast(item, root=root)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over all ranks, in place."""
+        if tensor.dtype in SUMMED_IN_FLOAT32:
+            self._all_reduce_in_float32(tensor)
+            return
+        for chunk in self._chunks(tensor):
+            self._comm.Allreduce(self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
+
+    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int]) -> None:
+        """Sum over all ranks; ``output``, which may be this rank's part of ``source``, receives this rank's part."""
+        if source.nbytes <= self.max_message_bytes:
+            if source.dtype in SUMMED_IN_FLOAT32:
+                self._sum_own_part(output, source, counts)
+                return
+            received = torch.empty_like(output)  # MPI takes no output within the input
+            self._comm.Reduce_scatter(self._spec(source), self._spec(received), list(counts))
+            output.copy_(received)
+            return
+        for owner, part in enumerate(torch.split(source, list(counts))):
+            for index, chunk in enumerate(self._chunks(part)):
+                self._reduce_to(owner, chunk, self._chunks(output)[index] if owner == self.rank else None)
+
+    def all_gather(self, whole: Tensor, counts: Sequence[int]) -> None:
+        """Collect every rank's part of ``whole``, where its own is already in place."""
+        if whole.nbytes > self.max_message_bytes:
+            for owner, part in enumerate(torch.split(whole, list(counts))):
+                self.broadcast(part, owner)
+            return
+        counts_bytes = [count * whole.element_size() for count in counts]
+        receive = [self._buffer(whole), counts_bytes, start_offsets(counts_bytes), self._mpi.BYTE]
+        self._comm.Allgatherv(self._mpi.IN_PLACE, receive)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """Copy the root's tensor to all, in place."""
+        for chunk in self._chunks(tensor):
+            self._comm.Bcast([self._buffer(chunk), chunk.nbytes, self._mpi.BYTE], root=root)
+
+    # ---------------------------------------------------------------- how
+
+    def _adopt(self, part: Any) -> "Messages":
+        adopted = Messages(part, self.max_message_bytes)
+        part.Free()
+        return adopted
+
+    def _buffer(self, tensor: Tensor) -> Any:
+        return self._mpi.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+    def _spec(self, tensor: Tensor) -> list[Any]:
+        """Describe a tensor to MPI as numbers that it can sum."""
+        return [self._buffer(tensor), tensor.numel(), getattr(self._mpi, _MPI_SUM_TYPES[tensor.dtype])]
+
+    def _chunks(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut a flat tensor into messages (Note [Large messages])."""
+        if tensor.nbytes <= self.max_message_bytes:
+            return (tensor,)
+        return torch.split(tensor, max(1, self.max_message_bytes // tensor.element_size()))
+
+    def _all_reduce_in_float32(self, tensor: Tensor) -> None:
+        for chunk in self._chunks(tensor):
+            counts = even_counts(chunk.numel(), self.world_size)
+            part = chunk.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+            self._sum_own_part(part, chunk, counts)
+            self.all_gather(chunk, counts)
+
+    def _sum_own_part(self, output: Tensor, source: Tensor, counts: Sequence[int]) -> None:
+        """Sum this rank's part in float32, in the order of ranks (Note [Wire precision])."""
+        size = source.element_size()
+        received = source.new_empty(self.world_size, counts[self.rank])
+        send_bytes = [count * size for count in counts]
+        own_bytes = counts[self.rank] * size
+        self._comm.Alltoallv(
+            [self._buffer(source), send_bytes, start_offsets(send_bytes), self._mpi.BYTE],
+            [
+                self._buffer(received),
+                [own_bytes] * self.world_size,
+                [rank * own_bytes for rank in range(self.world_size)],
+                self._mpi.BYTE,
+            ],
+        )
+        total = received[0].float()
+        for values in received[1:]:
+            total += values
+        output.copy_(total)
+
+    def _reduce_to(self, owner: int, chunk: Tensor, output: Tensor | None) -> None:
+        """Sum one message of a large reduce_scatter at its owner."""
+        if chunk.dtype in SUMMED_IN_FLOAT32:
+            counts = [chunk.numel() if rank == owner else 0 for rank in range(self.world_size)]
+            self._sum_own_part(chunk.new_empty(0) if output is None else output, chunk, counts)
+            return
+        received = None if output is None else torch.empty_like(output)
+        self._comm.Reduce(
+            self._spec(chunk), None if received is None else self._spec(received), op=self._mpi.SUM, root=owner
+        )
+        if output is not None and received is not None:
+            output.copy_(received)
+
+
+def has_sum(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can be summed over ranks."""
+    return dtype in _MPI_SUM_TYPES or dtype in SUMMED_IN_FLOAT32
+
+
+def takes_threads() -> bool:
+    """Whether several threads may call this MPI at once."""
+    from mpi4py import MPI
+
+    return bool(MPI.Query_thread() >= MPI.THREAD_MULTIPLE)
+
+
+def library() -> dict[str, str]:
+    """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
+    from mpi4py import MPI
+
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    aware = [device for device in ("cuda", "rocm") if reads_device_memory(device)]
+    return {
+        "library": " ".join(MPI.Get_library_version().replace("\x00", "").splitlines()[0].split(",")[0].split()),
+        "standard": ".".join(map(str, MPI.Get_version())),
+        "thread level": levels[MPI.Query_thread()],
+        "GPU-aware": ", ".join(aware) or "no (device tensors go through pinned host memory)",
+    }
+
+
+@functools.cache
+def reads_device_memory(device_type: str) -> bool:
+    """Ask the loaded MPI library whether it takes pointers to this kind of device memory."""
+    from mpi4py import MPI
+
+    name = {"cuda": "MPIX_Query_cuda_support", "rocm": "MPIX_Query_rocm_support"}.get(device_type)
+    query = getattr(ctypes.CDLL(MPI.__file__), name, None) if name else None
+    return bool(query()) if query is not None else False
+
+
+def abort() -> None:
+    """End every rank of the job."""
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(1)
+
+
+def attached(comm: Any) -> Any:
+    """Return what :func:`attach` has left at this communicator, or None; not collective."""
+    from mpi4py import MPI
+
+    return _checked(comm, MPI).Get_attr(_key())
+
+
+def attach(comm: Any, item: Any) -> None:
+    """Leave something at a communicator, to be found as long as it lives; not collective."""
+    from mpi4py import MPI
+
+    _checked(comm, MPI).Set_attr(_key(), item)
+
+
+@functools.cache
+def _key() -> int:
+    """Return the MPI attribute under which things are attached."""
+    from mpi4py import MPI
+
+    return int(MPI.Comm.Create_keyval())
+
+
+def _checked(comm: Any, mpi: Any) -> Any:
+    """Return the mpi4py intracommunicator that ``comm`` is or holds."""
+    if comm is None:
+        return mpi.COMM_WORLD
+    if not isinstance(comm, mpi.Comm):
+        comm = getattr(comm, "handle", comm)  # Heat's MPICommunication holds mpi4py's
+    if not isinstance(comm, mpi.Comm):
+        raise TypeError(f"comm must be an mpi4py communicator, a Heat communicator or None, got {type(comm).__name__}")
+    if comm == mpi.COMM_NULL:
+        raise ValueError("comm must be a live communicator, got MPI.COMM_NULL (never made, or already freed)")
+    if comm.Is_inter():
+        raise ValueError("comm must be an intracommunicator, got an intercommunicator: Merge() it first")
+    return comm

@@ -1,0 +1,161 @@
+"""Shared memory: what is left behind, who may read it, and what happens where there is none."""
+
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpoptim.shared_memory
+from dpoptim.communicator import Communicator
+from dpoptim.shared_memory import SharedMemory
+
+PROGRAM = """
+import sys, time, torch
+from dpoptim.communicator import Communicator
+communicator = Communicator()
+tensor = torch.ones(1 << 20)
+communicator.all_reduce(tensor)
+assert tensor[0] == communicator.world_size
+assert communicator.node_memory() == "yes", communicator.node_memory()
+memory = communicator.share_in_node(1 << 20)
+print("ready", flush=True)
+"""
+
+
+def _files():
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("dpoptim-")}
+
+
+def test_nothing_is_left_behind(mpirun):
+    before = _files()
+    done = mpirun(3, "-c", PROGRAM)
+    assert done.stdout.count("ready") == 3, done.stderr
+    assert _files() <= before
+
+
+def test_nothing_is_left_behind_after_a_kill(mpirun):
+    before = _files()
+    done = mpirun(2, "-c", PROGRAM + "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode != 0
+    assert "ready" in done.stdout
+    assert _files() <= before
+
+
+class Alone:
+    """A node of one rank, which looks at the file while it has a name."""
+
+    rank, world_size = 0, 1
+    path = None
+
+    def barrier(self):
+        pass
+
+    def all_gather_object(self, item):
+        return [item]
+
+    def broadcast_object(self, item, root):
+        self.path = item
+        if item is not None:
+            self.mode = stat.S_IMODE(Path(item).stat().st_mode)
+        return item
+
+
+def test_other_users_may_not_read_it():
+    node = Alone()
+    SharedMemory(node, 100)
+    assert node.mode == 0o600
+    assert not Path(node.path).exists()
+
+
+def test_memory_lives_as_long_as_its_tensors():
+    tensor = SharedMemory(Alone(), 100).tensor(torch.int64, [3], offset_bytes=8).fill_(7)
+    assert tensor.tolist() == [7, 7, 7]
+
+
+def test_no_memory_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
+    node = Alone()
+    with pytest.raises(OSError, match=r"no 1048576\.0 MiB of memory to share in /dev/shm \(rank 0 of the node"):
+        SharedMemory(node, 1 << 40)
+    assert not Path(node.path).exists()
+    monkeypatch.setattr(dpoptim.shared_memory, "_DIRECTORY", str(tmp_path / "missing"))
+    with pytest.raises(OSError, match="No such file or directory"):
+        SharedMemory(Alone(), 100)
+
+
+@pytest.mark.parallel
+def test_without_memory_messages_give_the_same_and_the_reason_is_told(world, monkeypatch, caplog):
+    if world.size == 1:
+        pytest.skip("one rank shares memory with nobody")
+    generator = torch.Generator().manual_seed(world.rank)
+    values = torch.randint(0, 100, (1 << 20,), generator=generator).float()
+    with_memory, without = values.clone(), values.clone()
+    communicator = Communicator(world)
+    communicator.all_reduce(with_memory)
+    communicator.free()
+    if world.rank == 1:  # one rank alone can't map
+        monkeypatch.setattr(dpoptim.shared_memory.mmap, "mmap", _refuse)
+    communicator = Communicator(world)
+    with caplog.at_level(logging.WARNING):
+        communicator.all_reduce(without)
+        communicator.all_reduce(values)
+    why = communicator.node_memory()
+    with pytest.raises(OSError, match="rank 1 of the node: no map"):
+        communicator.share_in_node(1000)
+    communicator.free()
+    assert torch.equal(with_memory, without)
+    assert "rank 1 of the node: no map" in why
+    assert len([record for record in caplog.records if "by messages" in record.message]) == 1
+
+
+def _refuse(*_):
+    raise OSError("no map")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
+def test_a_small_dev_shm(tmp_path):
+    """In a mount namespace of its own: room for a part of the staging area, then for none."""
+    launcher = Path(sys.executable).parent / "mpirun"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\nfrom dpoptim.communicator import Communicator\nc = Communicator()\n"
+        "t = torch.ones(1 << 20)\nc.all_reduce(t)\nassert t[0] == 2\nprint(c.node_memory(), flush=True)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_btl": "self,tcp", "UCX_TLS": "tcp,self"}
+    environment |= {f"{a}_ALLOW_RUN_AS_ROOT{b}": "1" for a in ("OMPI", "PRTE") for b in ("", "_CONFIRM")}
+    for size, expected in (("1m", "yes"), ("4k", "no (no ")):
+        command = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {launcher} -n 2 {sys.executable} {program}"
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment,
+            check=False,
+        )
+        if "unshare" in done.stderr or "mount:" in done.stderr:
+            pytest.skip(f"no mount namespace is to be had: {done.stderr.strip()}")
+        assert done.stdout.count(expected) == 2, (size, done.stdout, done.stderr)
+
+
+def test_a_program_ended_by_sigterm_leaves_nothing(tmp_path):
+    before = _files()
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM.replace("tensor[0]", "1 or tensor[0]").replace('== "yes"', '!= ""') + "time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert _files() <= before
