@@ -26,6 +26,8 @@ class Bucket:
     ----------
     flat : Tensor, 1-d
         What to reduce, in place; valid from :meth:`pack` to :meth:`unpack`.
+    scale : float
+        What ``flat`` is still to be multiplied with.
     num_pending : int
         How many gradients are still to come in this backward.
     """
@@ -35,6 +37,7 @@ class Bucket:
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
         self.num_pending = len(self.indices)
         self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.scale = 1.0
         self._shapes = [parameter.shape for parameter in parameters]
         self._numels = [parameter.numel() for parameter in parameters]
         self._buffer: Tensor | None = None
@@ -50,8 +53,8 @@ class Bucket:
         return gradient.dtype == self.dtype and gradient.device == self.device and not gradient.is_sparse
 
     @torch.no_grad()
-    def pack(self, gradients: Sequence[Tensor | None], scale: float) -> bool:
-        """Bring ``scale`` times the gradients into ``flat``; those that are absent or do not fit count as zero.
+    def pack(self, gradients: Sequence[Tensor | None], scale: float, *, scaled: bool = True) -> bool:
+        """Bring the gradients into ``flat``; those that are absent or do not fit count as zero.
 
         Parameters
         ----------
@@ -59,6 +62,8 @@ class Bucket:
             In the order of ``indices``.
         scale : float
             This rank's share of the mean.
+        scaled : bool
+            Whether to multiply with it now, or leave that to whom reduces ``flat``.
 
         Returns
         -------
@@ -70,8 +75,9 @@ class Bucket:
             self.flat = fitting[0].detach().view(-1)
         else:
             self.flat = self._filled_buffer(fitting)
-        if scale != 1.0:
+        if scaled and scale != 1.0:
             self.flat.mul_(scale)
+        self.scale = 1.0 if scaled else scale
         return all(a is b for a, b in zip(fitting, gradients, strict=True))
 
     @torch.no_grad()

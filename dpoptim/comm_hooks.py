@@ -2,8 +2,9 @@
 
 A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts
 the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.communicator.Work` that ends it.
-The gradients in it are scaled beforehand, so that their sum is the mean. It may block or not; ``bucket.flat`` is its
-own until ``Work.wait`` returns, and must then hold the same bits on every rank.
+The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` gets
+them unscaled and multiplies with ``bucket.scale`` itself. It may block or not; ``bucket.flat`` is its own until
+``Work.wait`` returns, and must then hold the same bits on every rank.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,10 @@ CommHook = Callable[[Communicator, Bucket], Work]
 
 def allreduce(communicator: Communicator, bucket: Bucket) -> Work:
     """Sum gradients as they are (the default); collective."""
-    return communicator.all_reduce(bucket.flat, async_op=True)
+    return communicator.all_reduce(bucket.flat, scale=bucket.scale, async_op=True)
+
+
+allreduce.scales = True  # type: ignore[attr-defined]
 
 
 def bf16_compress(communicator: Communicator, bucket: Bucket) -> Work:

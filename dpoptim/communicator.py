@@ -157,13 +157,15 @@ class Communicator:
 
     # ---------------------------------------------------------------- collectives on tensors
 
-    def all_reduce(self, tensor: Tensor, *, async_op: bool = False) -> Work:
-        """Sum ``tensor`` over all ranks, in place; collective.
+    def all_reduce(self, tensor: Tensor, *, scale: float = 1.0, async_op: bool = False) -> Work:
+        """Sum ``scale * tensor`` over all ranks, in place; collective.
 
         Parameters
         ----------
         tensor : Tensor
             Contiguous; floating point, complex or integer. bfloat16 and float16 are summed in float32.
+        scale : float
+            This rank's factor, such as its weight in a mean. Costs nothing in shared memory, one pass elsewhere.
         async_op : bool
             Return at once where the communicator overlaps.
 
@@ -176,25 +178,33 @@ class Communicator:
         """
         flat = _flat(tensor)
         _check_summable(flat.dtype)
-        return self._run(self._all_reduce, flat, async_op=async_op)
+        return self._run(self._all_reduce, flat, scale, async_op=async_op)
 
     def reduce_scatter(
-        self, output: Tensor, tensor: Tensor, *, counts: Sequence[int] | None = None, async_op: bool = False
+        self,
+        output: Tensor,
+        tensor: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scale: float = 1.0,
+        async_op: bool = False,
     ) -> Work:
-        """Sum ``tensor`` over all ranks and keep this rank's part in ``output``; collective.
+        """Sum ``scale * tensor`` over all ranks and keep this rank's part in ``output``; collective.
 
         Parameters
         ----------
         output : Tensor, numel ``counts[rank]``
-            Receives the sum of this rank's part; may not overlap ``tensor``.
+            Receives the sum of this rank's part; may be that part of ``tensor``.
         tensor : Tensor, numel ``sum(counts)``
-            The parts of all ranks, one after another. Left unchanged.
+            The parts of all ranks, one after another. Left unchanged, but for ``output`` if that is a part of it.
         counts : sequence of int, optional
             Elements of each rank's part; by default as equal as possible (:func:`~dpoptim.partition.even_counts`).
+        scale : float
+            This rank's factor.
         """
         _check_summable(_flat(tensor).dtype)
         counts = self._checked_counts(output, tensor, counts)
-        return self._run(self._reduce_scatter, _flat(output), _flat(tensor), counts, async_op=async_op)
+        return self._run(self._reduce_scatter, _flat(output), _flat(tensor), counts, scale, async_op=async_op)
 
     def all_gather(
         self, output: Tensor, tensor: Tensor, *, counts: Sequence[int] | None = None, async_op: bool = False
@@ -225,8 +235,10 @@ class Communicator:
 
     # ---------------------------------------------------------------- in a node
 
-    def reduce_scatter_in_node(self, output: Tensor, tensor: Tensor, *, counts: Sequence[int]) -> None:
-        """Sum ``tensor`` over all ranks of all nodes, each part at one rank of every node; collective, blocks.
+    def reduce_scatter_in_node(
+        self, output: Tensor, tensor: Tensor, *, counts: Sequence[int], scale: float = 1.0, async_op: bool = False
+    ) -> Work:
+        """Sum ``scale * tensor`` over all ranks of all nodes, each part at one rank of every node; collective.
 
         Parameters
         ----------
@@ -236,6 +248,8 @@ class Communicator:
             The parts of all ranks of a node, one after another; the same division on every node.
         counts : sequence of int
             Elements of each local rank's part.
+        scale : float
+            This rank's factor.
 
         Raises
         ------
@@ -244,7 +258,7 @@ class Communicator:
         """
         flat = _flat(tensor)
         counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
-        self._run(self._reduce_scatter_in_node, _flat(output), flat, counts, async_op=True).wait()
+        return self._run(self._reduce_scatter_in_node, _flat(output), flat, counts, scale, async_op=async_op)
 
     def node_barrier(self) -> None:
         """Wait until all ranks of this node are here; collective in the node."""
@@ -344,53 +358,57 @@ class Communicator:
             return _DONE
         return _Submitted(self._thread.submit(on_same_stream(collective, args[0].device), *args))
 
-    def _all_reduce(self, tensor: Tensor) -> None:
+    def _all_reduce(self, tensor: Tensor, scale: float) -> None:
         if self.world_size == 1:
+            _scale(tensor, scale)
             return
         with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
             ways = self._ways_for(host) if StagingArea.sums(host.dtype) else None
             if ways is None:
+                _scale(host, scale)
                 self._messages.all_reduce(host)
             elif self.topology.num_nodes == 1:
-                ways.staging_area.all_reduce(host)
+                ways.staging_area.all_reduce(host, scale)
             else:
                 counts = even_counts(host.numel(), ways.num_owners) + [0] * (self.topology.local_size - ways.num_owners)
                 parts = torch.split(host, counts)
                 own = parts[self.topology.local_rank]
-                self._sum_parts(ways, own, parts)
+                self._sum_parts(ways, own, parts, scale)
                 if ways.staging is not None:
                     ways.staging.all_gather(parts)
 
-    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor]) -> None:
+    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor], scale: float) -> None:
         """Sum over the node, then over the counterparts on other nodes."""
         if ways.staging is not None:
-            ways.staging.reduce_scatter(output, parts)
+            ways.staging.reduce_scatter(output, parts, scale)
         else:
             output.copy_(parts[0])
+            _scale(output, scale)
         if ways.counterparts is not None:
             ways.counterparts.all_reduce(output)
 
-    def _reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int]) -> None:
+    def _reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> None:
         ways = self._find_ways()
         if ways is None:
             raise RuntimeError(f"node_shared=True needs shared memory on every node: {self._why_no_ways}")
         with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
-            self._sum_parts(ways, host_output, torch.split(host_source, counts))
+            self._sum_parts(ways, host_output, torch.split(host_source, counts), scale)
 
-    def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int]) -> None:
+    def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> None:
         with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
             ways = self._ways_for(host_source) if StagingArea.sums(host_source.dtype) else None
             if ways is None or not self.topology.is_even:
-                self._messages.reduce_scatter(host_output, host_source, counts)
+                scaled = host_source if scale == 1.0 else host_source * scale
+                self._messages.reduce_scatter(host_output, scaled, counts)
                 return
             parts = torch.split(host_source, counts)
             if self.topology.num_nodes == 1:
-                ways.staging_area.reduce_scatter(host_output, parts)
+                ways.staging_area.reduce_scatter(host_output, parts, scale)
                 return
             own_counts = [counts[node[self.topology.local_rank]] for node in self.topology.nodes]
             own_parts = host_source.new_empty(sum(own_counts))
             for node, own in zip(self.topology.nodes, torch.split(own_parts, own_counts), strict=True):
-                ways.staging_area.reduce_scatter(own, [parts[rank] for rank in node])
+                ways.staging_area.reduce_scatter(own, [parts[rank] for rank in node], scale)
             assert ways.counterparts is not None
             ways.counterparts.reduce_scatter(host_output, own_parts, own_counts)
 
@@ -464,6 +482,11 @@ def _flat(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.view(-1)
+
+
+def _scale(tensor: Tensor, scale: float) -> None:
+    if scale != 1.0:
+        tensor.mul_(scale)
 
 
 def _check_summable(dtype: torch.dtype) -> None:

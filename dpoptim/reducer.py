@@ -241,7 +241,8 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         assert self._scale is not None
-        if not bucket.pack(self._gradients(bucket), self._scale):
+        scaled = not getattr(self._comm_hook, "scales", False)
+        if not bucket.pack(self._gradients(bucket), self._scale, scaled=scaled):
             self._misfit = True
         self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
 

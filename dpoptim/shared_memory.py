@@ -152,26 +152,26 @@ class StagingArea:
         """Whether it can sum tensors of this dtype."""
         return dtype in _SUMMED or dtype in _SUMMED_IN_FLOAT32
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the ranks of the node, in place."""
+    def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> None:
+        """Sum ``scale`` times the tensor over the ranks of the node, in place; every rank has a scale of its own."""
         chunks = torch.split(tensor, self._in_bytes // tensor.element_size())
         divided = [torch.split(chunk, even_counts(chunk.numel(), self._size)) for chunk in chunks]
         if divided:
-            self._put(divided[0])
+            self._put(divided[0], scale)
         for index, parts in enumerate(divided):
             self._node.barrier()
             if index:
                 self._take_sums(divided[index - 1], turn=self._turn - 1)
-            self._sum(parts)
+            self._sum(parts[self._rank].numel(), tensor.dtype)
             self._turn += 1
             if index + 1 < len(divided):
-                self._put(divided[index + 1])
+                self._put(divided[index + 1], scale)
         if divided:
             self._node.barrier()
             self._take_sums(divided[-1], turn=self._turn - 1)
 
-    def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor]) -> None:
-        """Sum over the ranks of the node; each keeps its part.
+    def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Sum ``scale`` times the parts over the ranks of the node; each keeps its part.
 
         Parameters
         ----------
@@ -179,6 +179,8 @@ class StagingArea:
             Receives the sum of this rank's part; may be ``parts[rank]`` itself.
         parts : sequence of Tensor
             This rank's values of every rank's part; those of the other ranks are left unchanged.
+        scale : float
+            Of this rank's values.
         """
         window = self._out_bytes // output.element_size()
         windows = [torch.split(part, window) if part.numel() else () for part in parts]
@@ -186,11 +188,10 @@ class StagingArea:
         num_chunks = max(map(len, windows))
         for index in range(num_chunks):
             pieces = [pieces[index] if index < len(pieces) else output[:0] for pieces in windows]
-            self._put(pieces)
+            self._put(pieces, scale)
             self._node.barrier()
-            self._sum(pieces)
             if index < len(outputs):
-                outputs[index].copy_(self._out(output.dtype)[self._rank][: outputs[index].numel()])
+                outputs[index].copy_(self._sum(outputs[index].numel(), output.dtype))
             self._turn += 1
 
     def all_gather(self, parts: Sequence[Tensor]) -> None:
@@ -209,35 +210,32 @@ class StagingArea:
 
     # ---------------------------------------------------------------- how
 
-    def _put(self, parts: Sequence[Tensor]) -> None:
-        """Copy what the others sum into this rank's area; each owner's part at the owner's place."""
+    def _put(self, parts: Sequence[Tensor], scale: float) -> None:
+        """Copy this rank's values into its area; each owner's part at the owner's place."""
         slot = self._in(parts[0].dtype)[self._rank]
         place = slot.numel() // self._size
         for owner, part in enumerate(parts):
-            if owner != self._rank and part.numel():
-                slot[owner * place : owner * place + part.numel()].copy_(part)
+            target = slot[owner * place : owner * place + part.numel()]
+            if scale == 1.0:
+                target.copy_(part)
+            else:
+                torch.mul(part, scale, out=target)
 
-    def _sum(self, parts: Sequence[Tensor]) -> None:
+    def _sum(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Sum this rank's part over all ranks, into its output area (Note [Order of sums])."""
-        own = parts[self._rank]
-        numel = own.numel()
-        if not numel:
-            return
-        slots = self._in(own.dtype)
+        slots = self._in(dtype)
         start = self._rank * (slots[0].numel() // self._size)
-        values = [own if rank == self._rank else slot[start : start + numel] for rank, slot in enumerate(slots)]
-        output = self._out(own.dtype)[self._rank][:numel]
-        if own.dtype in _SUMMED_IN_FLOAT32:
-            total = values[0].float()
-            for value in values[1:]:
+        first, *others = [slot[start : start + numel] for slot in slots]
+        output = self._out(dtype)[self._rank][:numel]
+        if dtype in _SUMMED_IN_FLOAT32:
+            total = first.float()
+            for value in others:
                 total += value
-            output.copy_(total)
-        elif len(values) == 1:
-            output.copy_(own)
-        else:
-            torch.add(values[0], values[1], out=output)
-            for value in values[2:]:
-                output += value
+            return output.copy_(total)
+        torch.add(first, others[0], out=output)
+        for value in others[1:]:
+            output += value
+        return output
 
     def _take_sums(self, parts: Sequence[Tensor], turn: int) -> None:
         for slot, part in zip(self._out(parts[0].dtype, turn), parts, strict=True):
