@@ -10,6 +10,7 @@ but sizes, dtypes and what all ranks agreed on, so that all ranks take the same.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SharedMemory, StagingArea
 
-__all__ = ["Communicator", "Topology", "Work"]
+__all__ = ["Communicator", "Topology", "Work", "available_cores"]
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,8 @@ class Communicator:
             )
         self._node = own_messages.split_node()
         self.topology = self._find_topology()
+        cores = set[int]().union(*self._node.all_gather_object(available_cores()))
+        own_messages.patient = len(cores) < self.topology.local_size
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
@@ -333,7 +336,7 @@ class Communicator:
         staging, error = None, None
         if self.topology.local_size > 1:
             try:
-                staging = StagingArea(self._node)
+                staging = StagingArea(self._node, sleeping=self._messages.patient)
             except OSError as caught:
                 error = str(caught)
         self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)
@@ -467,6 +470,13 @@ class _NodeWays:
         """The staging area, where every node has several ranks."""
         assert self.staging is not None
         return self.staging
+
+
+def available_cores() -> set[int]:
+    """Return the numbers of the cores that this rank may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 _DONE = _Done()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import dpoptim.torch_optim as optimizers
-from dpoptim.communicator import Communicator
-from dpoptim.optimizer import DataParallelOptimizer, available_cores
+from dpoptim.communicator import Communicator, available_cores
+from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.utils.consistency import digest
 from dpoptim.version import __version__
 
@@ -34,6 +34,7 @@ def info() -> int:
         "MPI standard": communicator.library()["standard"],
         "MPI thread level": communicator.library()["thread level"],
         "MPI reads GPU memory": communicator.library()["GPU-aware"],
+        "shared memory": communicator.node_memory(),
         "ranks": str(communicator.world_size),
         "nodes": f"{len(nodes)}, {_either(sizes)} ranks a node",
         "torch": f"{torch.__version__}, Python {platform.python_version()}",

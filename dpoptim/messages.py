@@ -11,10 +11,17 @@ Note [Large messages]
 ---------------------
 An MPI-3 count is a C int. Messages are cut to ``max_message_bytes``, which also bounds the scratch memory of MPI
 and of the 16-bit sums.
+
+Note [Patience]
+---------------
+MPI waits by asking again and again, which is fastest where each rank has a core. Where ranks share cores, one that
+waits for the slowest takes time from it. Patient messages sleep between questions. Large ones are never waited for
+long, since a small one (the roll call) goes before them.
 """
 
 import ctypes
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +45,9 @@ _MPI_SUM_TYPES = {
     torch.uint16: "UINT16_T",
     torch.uint8: "UINT8_T",
 }
+_PATIENT_BYTES = 1024
+_NAP_S = 50e-6
+
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
@@ -53,6 +63,11 @@ class Messages:
         An intracommunicator; ``None`` is ``COMM_WORLD``.
     max_message_bytes : int
         Longer messages are cut.
+
+    Attributes
+    ----------
+    patient : bool
+        Whether to wait without occupying a core (Note [Patience]).
     """
 
     def __init__(self, comm: Any, max_message_bytes: int) -> None:
@@ -64,6 +79,7 @@ class Messages:
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
         self.max_message_bytes = max_message_bytes
+        self.patient = False
 
     def duplicate(self) -> "Messages":
         """Return the same ranks with messages of their own; collective."""
@@ -102,6 +118,9 @@ class Messages:
         if tensor.dtype in SUMMED_IN_FLOAT32:
             self._all_reduce_in_float32(tensor)
             return
+        if self.patient and tensor.nbytes <= _PATIENT_BYTES:
+            self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, self._spec(tensor), op=self._mpi.SUM))
+            return
         for chunk in self._chunks(tensor):
             self._comm.Allreduce(self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
 
@@ -135,6 +154,11 @@ class Messages:
             self._comm.Bcast([self._buffer(chunk), chunk.nbytes, self._mpi.BYTE], root=root)
 
     # ---------------------------------------------------------------- how
+
+    def _wait(self, request: Any) -> None:
+        """Wait without occupying a core (Note [Patience])."""
+        while not request.Test():
+            time.sleep(_NAP_S)
 
     def _adopt(self, part: Any) -> "Messages":
         adopted = Messages(part, self.max_message_bytes)

@@ -1,7 +1,6 @@
 """DataParallelOptimizer: any torch optimizer, on the mean gradient of all ranks."""
 
 import contextlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.communicator import Communicator
+from dpoptim.communicator import Communicator, available_cores
 from dpoptim.reducer import Reducer, is_reduced
 from dpoptim.roll_call import RollCall
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
 from dpoptim.utils.consistency import raise_together
 
-__all__ = ["DataParallelOptimizer", "available_cores"]
+__all__ = ["DataParallelOptimizer"]
 
 
 class DataParallelOptimizer(Optimizer):
@@ -390,13 +389,6 @@ def _tensors(entry: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (dict, list, tuple)):
             yield from _tensors(value)
-
-
-def available_cores() -> set[int]:
-    """Return the numbers of the cores that this rank may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def _has_spare_cores(communicator: Communicator) -> bool:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.sleeping_barrier import SleepingBarrier
 
 __all__ = ["Node", "SharedMemory", "StagingArea"]
 
@@ -120,6 +121,8 @@ class StagingArea:
     ----------
     node : Node
         The ranks; messages on it are this object's alone.
+    sleeping : bool
+        Whether ranks that wait sleep, for those that share cores.
     chunk_bytes : int, optional
         Bytes that a rank copies in between two meetings; by default what suits caches. If ``/dev/shm`` is too small
         for it, less is taken.
@@ -130,8 +133,7 @@ class StagingArea:
         On every rank of the node, if there is no memory to share.
     """
 
-    def __init__(self, node: Node, chunk_bytes: int | None = None) -> None:
-        self._node = node
+    def __init__(self, node: Node, *, sleeping: bool = False, chunk_bytes: int | None = None) -> None:
         self._rank, self._size = node.rank, node.world_size
         wanted = chunk_bytes or max(1 << 20, self._size << 16)
         while True:
@@ -144,6 +146,11 @@ class StagingArea:
                 if chunk_bytes or wanted <= 1 << 16:
                     raise
                 wanted >>= 2
+        self._meet = node.barrier
+        if sleeping and SleepingBarrier.is_here():
+            numel = SleepingBarrier.words_needed(self._size)
+            words = SharedMemory(node, 4 * numel).tensor(torch.int32, [numel])
+            self._meet = SleepingBarrier(words, self._rank, self._size).wait
         self._turn = 0
         self._views: dict[torch.dtype, list[tuple[list[Tensor], list[Tensor]]]] = {}
 
@@ -159,15 +166,15 @@ class StagingArea:
         if divided:
             self._put(divided[0], scale)
         for index, parts in enumerate(divided):
-            self._node.barrier()
+            self._meet()
             if index:
                 self._take_sums(divided[index - 1], turn=self._turn - 1)
-            self._sum(parts[self._rank].numel(), tensor.dtype)
+            self._sum(parts[self._rank], parts[self._rank], scale)
             self._turn += 1
             if index + 1 < len(divided):
                 self._put(divided[index + 1], scale)
         if divided:
-            self._node.barrier()
+            self._meet()
             self._take_sums(divided[-1], turn=self._turn - 1)
 
     def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -189,9 +196,9 @@ class StagingArea:
         for index in range(num_chunks):
             pieces = [pieces[index] if index < len(pieces) else output[:0] for pieces in windows]
             self._put(pieces, scale)
-            self._node.barrier()
+            self._meet()
             if index < len(outputs):
-                outputs[index].copy_(self._sum(outputs[index].numel(), output.dtype))
+                self._sum(outputs[index], pieces[self._rank], scale)
             self._turn += 1
 
     def all_gather(self, parts: Sequence[Tensor]) -> None:
@@ -202,7 +209,7 @@ class StagingArea:
             slots = self._in(torch.uint8)
             pieces = [part[index * self._in_bytes : (index + 1) * self._in_bytes] for part in flat]
             slots[self._rank][: pieces[self._rank].numel()].copy_(pieces[self._rank])
-            self._node.barrier()
+            self._meet()
             for owner, piece in enumerate(pieces):
                 if owner != self._rank and piece.numel():
                     piece.copy_(slots[owner][: piece.numel()])
@@ -211,36 +218,40 @@ class StagingArea:
     # ---------------------------------------------------------------- how
 
     def _put(self, parts: Sequence[Tensor], scale: float) -> None:
-        """Copy this rank's values into its area; each owner's part at the owner's place."""
+        """Copy what others sum into this rank's area; each owner's part at the owner's place."""
         slot = self._in(parts[0].dtype)[self._rank]
         place = slot.numel() // self._size
         for owner, part in enumerate(parts):
-            target = slot[owner * place : owner * place + part.numel()]
-            if scale == 1.0:
-                target.copy_(part)
-            else:
-                torch.mul(part, scale, out=target)
+            if owner != self._rank and part.numel():
+                _copy_scaled(slot[owner * place : owner * place + part.numel()], part, scale)
 
-    def _sum(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Sum this rank's part over all ranks, into its output area (Note [Order of sums])."""
-        slots = self._in(dtype)
+    def _sum(self, output: Tensor, own: Tensor, scale: float) -> None:
+        """Sum this rank's part over all ranks, in its output area and ``output`` (Note [Order of sums])."""
+        numel = own.numel()
+        if not numel:
+            return
+        if scale != 1.0:
+            _copy_scaled(output, own, scale)
+            own = output
+        slots = self._in(own.dtype)
         start = self._rank * (slots[0].numel() // self._size)
-        first, *others = [slot[start : start + numel] for slot in slots]
-        output = self._out(dtype)[self._rank][:numel]
-        if dtype in _SUMMED_IN_FLOAT32:
-            total = first.float()
-            for value in others:
+        values = [own if rank == self._rank else slot[start : start + numel] for rank, slot in enumerate(slots)]
+        total = self._out(own.dtype)[self._rank][:numel]
+        if own.dtype in _SUMMED_IN_FLOAT32:
+            wide = values[0].float()
+            for value in values[1:]:
+                wide += value
+            total.copy_(wide)
+        else:
+            torch.add(values[0], values[1], out=total)
+            for value in values[2:]:
                 total += value
-            return output.copy_(total)
-        torch.add(first, others[0], out=output)
-        for value in others[1:]:
-            output += value
-        return output
+        output.copy_(total)
 
     def _take_sums(self, parts: Sequence[Tensor], turn: int) -> None:
-        for slot, part in zip(self._out(parts[0].dtype, turn), parts, strict=True):
-            if part.numel():
-                part.copy_(slot[: part.numel()])
+        for owner, slot in enumerate(self._out(parts[0].dtype, turn)):
+            if owner != self._rank and parts[owner].numel():
+                parts[owner].copy_(slot[: parts[owner].numel()])
 
     def _in(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the areas that every rank copies into, in this turn."""
@@ -270,6 +281,13 @@ class StagingArea:
 
     def _view(self, dtype: torch.dtype, offset_bytes: int, num_bytes: int) -> Tensor:
         return self._memory.tensor(dtype, [num_bytes // dtype.itemsize], offset_bytes)
+
+
+def _copy_scaled(target: Tensor, source: Tensor, scale: float) -> None:
+    if scale == 1.0:
+        target.copy_(source)
+    else:
+        torch.mul(source, scale, out=target)
 
 
 def _rounded_up(num_bytes: int) -> int:

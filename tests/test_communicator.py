@@ -34,8 +34,8 @@ NUMELS = [0, 1, 7, 1000]
 class TinyStagingArea(StagingArea):
     """One that needs many chunks for a few numbers."""
 
-    def __init__(self, node):
-        super().__init__(node, chunk_bytes=192)
+    def __init__(self, node, *, sleeping):
+        super().__init__(node, sleeping=sleeping, chunk_bytes=192)
 
 
 # Which node a rank seems to be on, or None for messages alone. With three ranks the nodes of both kinds are uneven.

@@ -20,6 +20,7 @@ LEVELS = {
     "partition": 0,
     "bucket": 0,
     "device_memory": 0,
+    "sleeping_barrier": 0,
     "messages": 1,
     "shared_memory": 1,
     "communicator": 2,

@@ -1,0 +1,86 @@
+"""A barrier of the ranks of a node that sleeps, for ranks that share cores.
+
+MPI's barrier asks again and again whether the others are there, which is fastest where every rank has a core. Where
+ranks share cores the one that asks holds up the one it asks for. Here each rank counts its arrivals in a word of shared
+memory and sleeps in the kernel (futex(2)) on the word of a rank that is still to come.
+"""
+
+import ctypes
+import platform
+import threading
+
+import torch
+from torch import Tensor
+
+__all__ = ["SleepingBarrier"]
+
+_SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98}
+_WAIT, _WAKE = 0, 1
+_EVERYBODY = 2**31 - 1
+# A rank that is about to come is there sooner than one can fall asleep.
+_NUM_LOOKS = 20
+_WORDS_BETWEEN = 16  # each rank's word has a cache line of its own
+
+
+class _TimeSpec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class SleepingBarrier:
+    """A barrier over words of shared memory.
+
+    Parameters
+    ----------
+    words : Tensor, int32, numel at least ``words_needed(world_size)``
+        Zero-filled memory that all ranks map; this object's as long as it lives.
+    rank, world_size : int
+        This rank's number, and how many there are.
+    """
+
+    def __init__(self, words: Tensor, rank: int, world_size: int) -> None:
+        assert words.dtype == torch.int32
+        self._memory = words  # keeps the mapping alive
+        self._addresses = [words.data_ptr() + 4 * _WORDS_BETWEEN * other for other in range(world_size)]
+        self._arrivals = [ctypes.c_int32.from_address(address) for address in self._addresses]
+        self._rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._count = 0
+        self._fence = threading.Lock()
+        self._number = _SYSCALL_NUMBERS[platform.machine()]
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._syscall.restype = ctypes.c_long
+        self._look_again = _TimeSpec(1, 0)
+
+    @staticmethod
+    def is_here() -> bool:
+        """Whether this system has what it needs."""
+        return platform.system() == "Linux" and platform.machine() in _SYSCALL_NUMBERS
+
+    @staticmethod
+    def words_needed(world_size: int) -> int:
+        """Return how many int32 words the barrier of so many ranks needs."""
+        return _WORDS_BETWEEN * world_size
+
+    def wait(self) -> None:
+        """Wait until all ranks have called this as often as this rank."""
+        self._count = self._count % _EVERYBODY + 1
+        self._order_memory()
+        self._arrivals[self._rank].value = self._count
+        self._futex(self._rank, _WAKE, _EVERYBODY, None)
+        for other in self._others:
+            arrivals, looks = self._arrivals[other], 0
+            # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
+            while (seen := arrivals.value) == self._count - 1 or (self._count == 1 and seen == _EVERYBODY):
+                looks += 1
+                if looks > _NUM_LOOKS:
+                    self._futex(other, _WAIT, seen, ctypes.byref(self._look_again))
+        self._order_memory()
+
+    def _futex(self, rank: int, operation: int, value: int, timeout: object) -> None:
+        # Wakes by another cause and vanished waits are all the same: the caller looks again.
+        self._syscall(self._number, ctypes.c_void_p(self._addresses[rank]), operation, value, timeout, None, 0)
+
+    def _order_memory(self) -> None:
+        """Keep reads and writes on their side of the barrier, on processors that would move them."""
+        with self._fence:
+            pass
