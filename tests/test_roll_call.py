@@ -148,3 +148,22 @@ train(model, opt)
     assert done.returncode == 0, done.stderr
     assert "<1: on rank 0: " in done.stdout
     assert "<0: " in done.stdout
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_rank_that_leaves_is_noticed_on_whichever_communicator_the_others_wait(mpirun, lost, steps):
+    done = _run(
+        mpirun,
+        4,
+        f"""
+pair = MPI.COMM_WORLD.Split(rank // 2)
+model2, opt2 = make(comm=pair)
+for step in range(4):
+    if rank == {lost} and step == {steps}:
+        sys.exit(3)
+    train(*((model, opt) if step % 2 else (model2, opt2)))
+""",
+    )
+    assert done.returncode != 0
+    assert f"rank {lost % 2 if steps == 2 else lost} left the program while others go on" in done.stderr, done.stderr
