@@ -26,9 +26,12 @@ LEVELS = {
     "reducer": 3,
     "signature": 3,
     "optimizer": 4,
+    "node_average": 3,
+    "daso": 5,
     "torch_optim": 5,
     "lr_scheduler": 5,
     "swa_utils": 5,
+    "heat": 6,
     "diagnostics": 6,
     "__main__": 7,
     "__init__": 7,
@@ -90,6 +93,7 @@ def test_every_module_lists_its_names(name):
 
 def test_public_names_are_pinned():
     assert set(dpoptim.__all__) - set(dpoptim.torch_optim.__all__) == {
+        "DASO",
         "DataParallelOptimizer",
         "__version__",
         "comm_hooks",

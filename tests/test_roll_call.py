@@ -167,3 +167,20 @@ for step in range(4):
     )
     assert done.returncode != 0
     assert f"rank {lost % 2 if steps == 2 else lost} left the program while others go on" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_rank_that_leaves_in_a_cycle_of_daso_is_named(mpirun, num_ranks, steps):
+    done = _run(
+        mpirun,
+        num_ranks,
+        f"""
+opt.detach()
+daso = dpoptim.DASO(dpoptim.SGD(model.parameters(), lr=0.1), total_epochs=9, warmup_epochs=0, node=rank // 2)
+daso.end_epoch(1.0)
+train(model, daso, 9 if rank != 1 else {steps})
+""",
+    )
+    assert done.returncode != 0
+    assert "rank 1 left the program while others go on" in done.stderr, done.stderr
