@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, SupportsFloat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
@@ -425,7 +425,7 @@ class DASO(DataParallelOptimizer):
         own = float("nan")
         error: Exception | None = None
         try:
-            own = float(loss)
+            own = float(loss.detach() if isinstance(loss, Tensor) else loss)
             if not math.isfinite(own):
                 error = ValueError(f"loss must be finite, got {own}: training has diverged")
         except (TypeError, ValueError, RuntimeError) as caught:

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ LEVELS = {
     "__init__": 7,
 }
 FILES = sorted(ROOT.rglob("*.py"))
-MODULES = sorted(module.name for module in pkgutil.walk_packages([str(ROOT)], "dpoptim."))
+MODULES = sorted(".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES)
 
 
 def _place(dotted):
@@ -78,10 +77,12 @@ def test_one_file_calls_mpi():
     assert users == ["communicator.py"]
 
 
-@pytest.mark.parametrize("name", ["dpoptim", *MODULES])
+@pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
 def test_every_module_lists_its_names(name):
     if name.endswith("__main__"):
         return
+    if name.startswith("dpoptim.heat"):
+        pytest.importorskip("heat", reason="Heat is not installed in this environment")
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)
     for public in module.__all__:
@@ -127,6 +128,7 @@ before = (torch.random.get_rng_state().tolist(), torch.get_default_dtype(), sys.
           list(logging.root.handlers), torch.get_num_threads())
 import dpoptim, dpoptim.swa_utils, dpoptim.lr_scheduler, dpoptim.utils
 assert "mpi4py.MPI" not in sys.modules
+assert "heat" not in sys.modules
 assert before == (torch.random.get_rng_state().tolist(), torch.get_default_dtype(), sys.excepthook,
                   list(warnings.filters), list(logging.root.handlers), torch.get_num_threads())
 assert not logging.getLogger("dpoptim").handlers
