@@ -265,7 +265,7 @@ def test_daso_trains_on_ranks_without_gpus_and_with_one_visible_gpu(world, visib
     model = seeded(_mlp, seed=world.rank)
     opt, parallel = _daso(world, model, verbose=True)
     assert torch.equal(model[0].weight, seeded(_mlp, seed=0)[0].weight)
-    losses = []
+    first_loss = parallel(joined_batch(0, [64])).pow(2).mean().item()
     for epoch in range(6):
         for number in range(5):
             batch = _local(world, 5 * epoch + number)
@@ -274,9 +274,8 @@ def test_daso_trains_on_ranks_without_gpus_and_with_one_visible_gpu(world, visib
             loss.backward()
             opt.step()
         check_replicas(opt.communicator, model.named_parameters())  # after the last batch
-        losses.append(loss.item())
         opt.epoch_loss_logic(loss)
-    assert losses[-1] < losses[0]
+    assert parallel(joined_batch(0, [64])).pow(2).mean().item() < first_loss
     assert opt.epoch == 6
     assert ("global exchange every 4 batches" in capsys.readouterr().out) == (world.rank == 0)
     opt.reset()
@@ -386,11 +385,11 @@ def test_bad_arguments_are_refused(world):
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="blocking must be a bool, got int"):
         dph.DataParallelOptimizer(inner, 1)
-    with pytest.raises(TypeError, match="torch_optimizer must be a torch.optim.Optimizer, got Sequential"):
+    with pytest.raises(TypeError, match=r"torch_optimizer must be a torch\.optim\.Optimizer, got Sequential"):
         dph.DataParallelOptimizer(model)
     with pytest.raises(RuntimeError, match=r"pass the optimizer to DataParallel\(module, comm, optimizer\) first"):
         dph.DataParallelOptimizer(inner).step()
-    with pytest.raises(AttributeError, match="has no attribute 'communicator' yet: pass the optimizer"):
+    with pytest.raises(AttributeError, match="has no attribute .communicator. yet: pass"):
         _ = dph.DataParallelOptimizer(inner).communicator
     opt = dph.DataParallelOptimizer(inner)
     dph.DataParallel(model, heat.MPI_WORLD, opt)

@@ -38,9 +38,9 @@ def test_the_local_part_is_a_view_with_its_exact_weight(world):
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-@pytest.mark.parametrize("batch_size", [4, 9, 1000])
+@pytest.mark.parametrize("batch_size", [6, 9, 1000])
 def test_batches_are_as_many_on_all_ranks_and_hold_every_row_once(world, batch_size, seed):
-    _, array = _rows(world)
+    _, array = _rows(world, [6 + 2 * rank for rank in range(world.size)])
     state = torch.random.get_rng_state()
     found = list(dph.batches(array, array, batch_size=batch_size, seed=seed))
     assert torch.equal(torch.random.get_rng_state(), state)
