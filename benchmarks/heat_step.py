@@ -2,8 +2,8 @@
 
     mpirun -n 2 python benchmarks/heat_step.py
 
-All train the models of `models.py` with AdamW, in turn, round by round, in one run; in a step the optimizer is made as a
-Heat program makes it: Heat's with torch's AdamW, dpoptim's with dpoptim.heat's. `Heat, fused` is Heat's with the fused
+All train the models of `models.py` with AdamW, in turn, round by round, in one run. The optimizer is made as a Heat
+program makes it: Heat's with torch's AdamW, dpoptim's with dpoptim.heat's. `Heat, fused` is Heat's with the fused
 step that dpoptim chooses, so that what is left is communication. Heat's non-blocking mode makes its step in the next
 forward; all contenders do the same number of each. Where Heat's classes raise an error it stands in the table.
 """

@@ -23,7 +23,7 @@ from torch import Tensor
 from dpoptim.bucket import Bucket
 from dpoptim.comm_hooks import CommHook
 from dpoptim.communicator import Communicator, Work
-from dpoptim.partition import even_counts, start_offsets
+from dpoptim.partition import even_counts, group_by_size, start_offsets
 
 __all__ = ["NodeAverage", "average_state"]
 
@@ -240,10 +240,27 @@ def average_state(communicator: Communicator, states: Sequence[dict[str, Any]], 
                 state[key].copy_(value)
             else:
                 state[key] = value
-    for tensor in _arrays(states):
-        mean = _reals(tensor).to(torch.float32 if tensor.element_size() < 4 else None).contiguous() * share
+    for tensors in _groups(list(_arrays(states))):
+        dtype = torch.float32 if tensors[0].element_size() < 4 else _reals(tensors[0]).dtype
+        mean = torch.cat([_reals(tensor).reshape(-1).to(dtype) for tensor in tensors]).mul_(share)
         communicator.all_reduce(mean)
-        _reals(tensor).copy_(mean)
+        parts = torch.split(mean, [_reals(tensor).numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            _reals(tensor).copy_(part.view(_reals(tensor).shape))
+
+
+# So much memory beside the state itself.
+_GROUP_BYTES = 25 << 20
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of one dtype and device that are to travel together."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for alike in kinds.values():
+        for indices in group_by_size([tensor.nbytes for tensor in alike], _GROUP_BYTES):
+            yield [alike[index] for index in indices]
 
 
 def _arrays(states: Sequence[dict[str, Any]]) -> Iterator[Tensor]:

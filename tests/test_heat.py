@@ -389,7 +389,7 @@ def test_bad_arguments_are_refused(world):
         dph.DataParallelOptimizer(model)
     with pytest.raises(RuntimeError, match=r"pass the optimizer to DataParallel\(module, comm, optimizer\) first"):
         dph.DataParallelOptimizer(inner).step()
-    with pytest.raises(AttributeError, match="has no attribute .communicator. yet: pass"):
+    with pytest.raises(AttributeError, match=r"has no attribute .communicator. yet: pass"):
         _ = dph.DataParallelOptimizer(inner).communicator
     opt = dph.DataParallelOptimizer(inner)
     dph.DataParallel(model, heat.MPI_WORLD, opt)
