@@ -2,8 +2,10 @@
 
 import copy
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ heat = pytest.importorskip("heat", reason="Heat is not installed in this environ
 import dpoptim.heat as dph  # noqa: E402  needs Heat
 
 pytestmark = pytest.mark.parallel
+
+README = Path(__file__).parents[1] / "README.md"
 
 # Twenty float64 steps at most: rounding errors of 1e-16, amplified by training.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -106,6 +110,17 @@ def test_heats_example_runs_with_the_import_changed_and_equals_one_process(world
             scheduler.step()
     for value, expected in zip(model.parameters(), initial.parameters(), strict=True):
         torch.testing.assert_close(value, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_readmes_program_runs_before_and_after_the_change(world, changed):
+    block = re.search(r"```diff\n(.*?)```", README.read_text(), flags=re.DOTALL)[1]
+    drop, keep = ("-", "+") if changed else ("+", "-")
+    lines = [line for line in block.splitlines() if not line.startswith(drop)]
+    assert len([line for line in lines if line.startswith(keep)]) == 2
+    state = torch.random.get_rng_state()
+    exec("\n".join(line[1:] for line in lines), {})
+    torch.random.set_rng_state(state)
 
 
 def test_the_example_is_a_heat_program(world):
