@@ -402,6 +402,7 @@ class DASO(DataParallelOptimizer):
             self._sent_at = self.current_batch
 
     def _receive(self) -> None:
+        self._node_roll_call.answer(self._place("receiving"), 1.0)  # the node puts its parts together
         waited, num_nodes = 2.0 * (self.current_batch - self._sent_at), float(len(self._nodes))
         self._average.finish(num_nodes / (max(waited, 1.0) + num_nodes))
 

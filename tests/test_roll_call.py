@@ -171,7 +171,8 @@ for step in range(4):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_a_rank_that_leaves_in_a_cycle_of_daso_is_named(mpirun, num_ranks, steps):
+@pytest.mark.parametrize("when", ["before backward", "after backward"])
+def test_a_rank_that_leaves_in_a_cycle_of_daso_is_named(mpirun, num_ranks, steps, when):
     done = _run(
         mpirun,
         num_ranks,
@@ -179,7 +180,14 @@ def test_a_rank_that_leaves_in_a_cycle_of_daso_is_named(mpirun, num_ranks, steps
 opt.detach()
 daso = dpoptim.DASO(dpoptim.SGD(model.parameters(), lr=0.1), total_epochs=9, warmup_epochs=0, node=rank // 2)
 daso.end_epoch(1.0)
-train(model, daso, 9 if rank != 1 else {steps})
+for step in range(9):
+    daso.zero_grad()
+    for phase in ("before backward", "after backward"):
+        if (rank, step, phase) == (1, {steps}, "{when}"):
+            sys.exit(3)
+        if phase == "before backward":
+            model(torch.ones(1, 3)).sum().backward()
+    daso.step()
 """,
     )
     assert done.returncode != 0
