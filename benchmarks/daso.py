@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -147,10 +148,15 @@ def main() -> None:
     with Hosts(args.hosts, rate=args.rate) as hosts:
         command = (__file__, "--modes", args.modes, "--epochs", str(args.epochs))
         first = {"DPOPTIM_FIRST_HOST": hosts.addresses[0]}
-        done = hosts.mpirun(args.ranks, *command, timeout_s=args.timeout, env=first)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not lines:
-        sys.exit(done.stderr)
+        try:
+            done = hosts.mpirun(args.ranks, *command, timeout_s=args.timeout, env=first)
+            output, errors = done.stdout, done.stderr if done.returncode else ""
+        except subprocess.TimeoutExpired as late:  # what is finished is worth reporting
+            output, errors = str(late.stdout), f"stopped after {args.timeout:g} s"
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    print(errors, file=sys.stderr)
+    if not lines:
+        sys.exit(1)
     print(f"{args.hosts} hosts of {args.ranks} ranks, {args.rate}, {args.epochs} epochs of {BATCHES} batches")
     report(lines)
     if args.json:
