@@ -17,7 +17,7 @@ MAIN := .venv
 HEAT := .venv-heat
 PYTEST = -m pytest -q --color=no
 
-.PHONY: train test lint test-openmpi test-mpich bench info check clean
+.PHONY: train test lint test-openmpi test-mpich bench bench-heat bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -51,6 +51,13 @@ info: $(MAIN)/.train
 # The training step against torch's DDP, interleaved; needs a machine that is otherwise idle.
 bench: $(MAIN)/.train
 	OMP_NUM_THREADS=1 $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python benchmarks/step.py $(ARGS)
+
+# dpoptim.heat against Heat's own classes, and DASO on hosts made of network namespaces (needs root).
+bench-heat: $(HEAT)/.test
+	OMP_NUM_THREADS=1 $(HEAT)/bin/mpirun -n $(RANKS) $(HEAT)/bin/python benchmarks/heat_step.py $(ARGS)
+
+bench-daso: $(HEAT)/.test
+	$(HEAT)/bin/python benchmarks/daso.py $(ARGS)
 
 check: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim check

@@ -11,6 +11,7 @@ but sizes, dtypes and what all ranks agreed on, so that all ranks take the same.
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +23,19 @@ from torch import Tensor
 from dpoptim import messages
 from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
-from dpoptim.messages import Messages
+from dpoptim.messages import Messages, Pending
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SharedMemory, StagingArea
 
-__all__ = ["Communicator", "Topology", "Work", "available_cores"]
+__all__ = ["Communicator", "Pending", "Topology", "Work", "available_cores"]
 
 logger = logging.getLogger(__name__)
 
 # Below so many bytes a message is faster than two meetings at shared memory (measured; see docs/performance.md).
 _SHARED_MEMORY_BYTES = 1 << 18
+# Where ranks share cores they wait asleep for messages up to this size. Large ones are never waited for long, since a
+# small one (the roll call) goes before them.
+_PATIENCE_BYTES = 1024
 
 
 class Work(Protocol):
@@ -134,7 +138,8 @@ class Communicator:
         self._node = own_messages.split_node()
         self.topology = self._find_topology()
         cores = set[int]().union(*self._node.all_gather_object(available_cores()))
-        own_messages.patient = len(cores) < self.topology.local_size
+        self._shares_cores = len(cores) < self.topology.local_size
+        own_messages.patience_bytes = _PATIENCE_BYTES if self._shares_cores else 0
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
@@ -232,6 +237,15 @@ class Communicator:
             raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}, got {root}")
         return self._run(self._broadcast, _flat(tensor), root, async_op=async_op)
 
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
+
+        MPI does it itself, without this object's thread, and may go on only while some MPI call of this rank runs. It
+        pairs with the same call on the other ranks, not with :meth:`all_reduce`. ``tensor`` belongs to the communicator
+        until ``Pending.wait`` has returned or ``Pending.test`` has returned True.
+        """
+        return self._messages.start_all_reduce(_flat(tensor))
+
     def barrier(self) -> None:
         """Wait until all ranks are here; collective."""
         self._messages.barrier()
@@ -312,6 +326,37 @@ class Communicator:
         made._begin(self._messages.duplicate(), overlap)
         return made
 
+    def split(
+        self, color: int | None, key: int = 0, *, overlap: bool = False, patient: bool = False
+    ) -> "Communicator | None":
+        """Return a communicator of the ranks that give the same color; collective.
+
+        Parameters
+        ----------
+        color : int or None
+            Which of the new communicators this rank belongs to, >= 0; with None it belongs to none.
+        key : int
+            Ranks are numbered by it, then by their old rank.
+        overlap : bool
+            As in the constructor.
+        patient : bool
+            Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
+            whole core. For long transfers beside a computation; only together with ``overlap``.
+
+        Returns
+        -------
+        Communicator or None
+            None where ``color`` is None.
+        """
+        part = self._messages.split(color, key)
+        if part is None:
+            return None
+        made = object.__new__(Communicator)
+        made._begin(part, overlap)
+        if patient and overlap:
+            part.patience_bytes = sys.maxsize
+        return made
+
     def free(self) -> None:
         """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
         if self._thread is not None:
@@ -336,7 +381,7 @@ class Communicator:
         staging, error = None, None
         if self.topology.local_size > 1:
             try:
-                staging = StagingArea(self._node, sleeping=self._messages.patient)
+                staging = StagingArea(self._node, sleeping=self._shares_cores)
             except OSError as caught:
                 error = str(caught)
         self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)

@@ -126,6 +126,19 @@ class Reducer:
         self._had_gradient = None
         self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
 
+    def reduce_over(self, communicator: Communicator, roll_call: RollCall) -> None:
+        """Reduce over these ranks from the next backward on; all of them call it, between the same two steps.
+
+        They must have the same parameters. The plan of buckets is made anew, since other ranks may have seen others.
+        """
+        self.communicator = communicator
+        self._roll_call = roll_call
+        self._sparse_dims = {}
+        self._had_anywhere = []
+        self._order = []
+        self._had_gradient = None
+        self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep gradients local within; all ranks enter and leave it at the same places."""

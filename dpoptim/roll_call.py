@@ -9,15 +9,20 @@ in the same call and raise the same error. A rank that leaves the program answer
 leave, that is the end, and if some still train, they raise instead of waiting.
 
 All optimizers on one communicator share one roll call, on a duplicate of its own. With one each, a rank that
-reduces optimizer A and a rank that reduces optimizer B would wait for each other.
+reduces optimizer A and a rank that reduces optimizer B would wait for each other. Roll calls on several communicators
+(of all ranks, and of each node's) are left all at once at exit, since others may wait in any of them: hence the
+non-blocking all-reduce.
 """
 
 import atexit
 import logging
+import time
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpoptim.communicator import Communicator
 from dpoptim.errors import raised_on_all_ranks
@@ -28,6 +33,12 @@ logger = logging.getLogger(__name__)
 
 # Squares of fingerprints are summed in float64, exactly up to 2^53: 20 bits leave room for 2^13 ranks.
 _FINGERPRINT_BITS = 20
+
+# Where a rank is, in UTF-8, and one byte that says whether it has left.
+_PLACE_BYTES = 512
+
+_LEAVING_POLL_S = 1e-3
+_GONE = object()
 
 
 class RollCall:
@@ -41,7 +52,11 @@ class RollCall:
     @classmethod
     def of(cls, comm: Any) -> "RollCall":
         """Return the roll call of ``comm``; collective at the first call for ``comm``."""
-        communicator = Communicator.shared(comm)
+        return cls.on(Communicator.shared(comm))
+
+    @classmethod
+    def on(cls, communicator: Communicator) -> "RollCall":
+        """Return the roll call on this communicator, which it then has for its own; not collective."""
         for roll_call in _alive:
             if roll_call.communicator is communicator:
                 return roll_call
@@ -79,9 +94,9 @@ class RollCall:
         """
         if self._closed is not None:
             raise raised_on_all_ranks(RuntimeError(self._closed))
-        num_left, total_weight = self._meet(place, weight, left=False)
+        num_left, total_weight = self._meet(place, weight)
         if num_left:
-            gone = [rank for rank, (left, _) in enumerate(self._explain(place, left=False)) if left]
+            gone = [rank for rank, (left, _) in enumerate(self._explain(place)) if left]
             self._closed = (
                 f"{_ranks(gone)} left the program while others go on ({place} on rank {self.communicator.rank}): "
                 "give every rank the same number of batches, or stop all ranks together"
@@ -89,25 +104,44 @@ class RollCall:
             raise raised_on_all_ranks(RuntimeError(self._closed))
         return total_weight
 
-    def leave(self) -> None:
-        """Answer for the last time; collective with whatever the other ranks reduce, or leave."""
+    def leave(self) -> Iterator[None]:
+        """Answer for the last time; collective with whatever the other ranks reduce, or leave.
+
+        Yields as long as others have not answered; the caller comes back for more until there is none.
+        """
         if self._closed is not None:
             return
         self._closed = "this rank has left the program"
-        num_left, _ = self._meet("leaving", 0.0, left=True)
-        if num_left < self.communicator.world_size:
-            places = self._explain("leaving", left=True)
-            still = [f"rank {rank}: {place}" for rank, (left, place) in enumerate(places) if not left]
+        answers = self._answers("leaving", 0.0, left=True)
+        pending = self.communicator.start_all_reduce(answers)
+        while not pending.test():
+            yield
+        if int(answers[0]) < self.communicator.world_size:
+            board = self._board("leaving", left=True)
+            pending = self.communicator.start_all_reduce(board)
+            while not pending.test():
+                yield
+            still = [f"rank {rank}: {place}" for rank, (left, place) in enumerate(_read(board)) if not left]
             logger.error("rank %d left the program while others go on: %s", self.communicator.rank, "; ".join(still))
 
-    def _meet(self, place: str, weight: float, *, left: bool) -> tuple[int, float]:
+    def retire(self) -> None:
+        """Forget this roll call, whose communicator is about to be freed, on all ranks alike; not collective."""
+        self._closed = "this roll call's communicator was freed"
+        if self in _alive:
+            _alive.remove(self)
+
+    def _answers(self, place: str, weight: float, *, left: bool) -> Tensor:
         fingerprint = zlib.crc32(place.encode()) & ((1 << _FINGERPRINT_BITS) - 1)
-        answers = torch.tensor([left, weight, fingerprint, fingerprint**2], dtype=torch.float64)
-        self.communicator.all_reduce(answers)
+        return torch.tensor([left, weight, fingerprint, fingerprint**2], dtype=torch.float64)
+
+    def _meet(self, place: str, weight: float) -> tuple[int, float]:
+        answers = self._answers(place, weight, left=False)
+        if self.communicator.world_size > 1:
+            self.communicator.start_all_reduce(answers).wait()
         num_left, total_weight, total, total_of_squares = answers.tolist()
         # By Cauchy and Schwarz equality holds only if all are equal.
         if not num_left and self.communicator.world_size * int(total_of_squares) != int(total) ** 2:
-            places = [place for _, place in self._explain(place, left=left)]
+            places = [place for _, place in self._explain(place)]
             here = "; ".join(f"{_ranks([r for r, p in enumerate(places) if p == q])}: {q}" for q in sorted(set(places)))
             raise raised_on_all_ranks(
                 RuntimeError(
@@ -117,9 +151,23 @@ class RollCall:
             )
         return int(num_left), total_weight
 
-    def _explain(self, place: str, *, left: bool) -> list[tuple[bool, str]]:
+    def _explain(self, place: str) -> list[tuple[bool, str]]:
         """Collect who has left and who is where; only after an answer that all ranks know to be an error."""
-        return self.communicator.all_gather_object((left, place))
+        board = self._board(place, left=False)
+        self.communicator.start_all_reduce(board).wait()
+        return _read(board)
+
+    def _board(self, place: str, *, left: bool) -> Tensor:
+        """Return the table that becomes every rank's place when it is summed: one row a rank, others' rows zero."""
+        board = torch.zeros(self.communicator.world_size, _PLACE_BYTES, dtype=torch.uint8)
+        text = place.encode()[: _PLACE_BYTES - 1]
+        board[self.communicator.rank, : len(text) + 1] = torch.tensor([1 + left, *text], dtype=torch.uint8)
+        return board
+
+
+def _read(board: Tensor) -> list[tuple[bool, str]]:
+    rows = [bytes(row) for row in board.tolist()]
+    return [(row[0] == 2, row[1:].rstrip(b"\0").decode(errors="replace")) for row in rows]
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -131,5 +179,8 @@ _alive: list[RollCall] = []
 
 def _answer_a_last_time() -> None:
     """Tell the others at exit; before mpi4py finalises MPI, which itself waits for all ranks."""
-    for roll_call in _alive:
-        roll_call.leave()
+    leaving = [roll_call.leave() for roll_call in _alive]
+    while leaving:
+        leaving = [steps for steps in leaving if next(steps, _GONE) is not _GONE]
+        if leaving:
+            time.sleep(_LEAVING_POLL_S)

@@ -59,3 +59,22 @@ def test_parameters_on_several_devices(world):
     opt.step()
     assert torch.equal(parameters[0], parameters[1].cpu())
     opt.detach()
+
+
+@pytest.mark.parametrize("hook", [None, dpoptim.comm_hooks.bf16_compress])
+def test_nodes_exchange_parameters_that_lie_on_a_device(world, hook):
+    model = seeded().float().cuda()
+    inner = dpoptim.AdamW(model.named_parameters(), lr=0.01)
+    opt = dpoptim.DASO(inner, total_epochs=3, warmup_epochs=0, cooldown_epochs=1, node=world.rank, comm_hook=hook)
+    opt.add_scaler(scaler := torch.amp.GradScaler("cuda"))
+    opt.end_epoch(1.0)
+    sizes = part_sizes(world.size, equal=True)
+    for step in range(6):
+        batch = local_part(joined_batch(step, sizes, dtype=torch.float32), sizes, world.rank).cuda()
+        opt.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(batch).float().pow(2).mean()
+        scaler.scale(loss).backward()
+        opt.step()
+    opt.end_epoch(loss)
+    assert_replicas(opt, model)

@@ -70,6 +70,15 @@ def test_the_digits_are_recognised(mpirun, num_ranks):
     assert accuracies[-1] > 97
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "train_digits.py"])
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_digits_are_loaded_with_heat_trained_and_evaluated_with_heat(mpirun, num_ranks):
+    pytest.importorskip("heat", reason="Heat is not installed in this environment")
+    done = mpirun(num_ranks, str(EXAMPLES / "heat_classify.py"))
+    assert done.returncode == 0, done.stderr
+    accuracy = float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1])
+    assert accuracy > 88  # of writers that the training has not seen
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "train_digits.py", "heat_classify.py"])
 def test_examples_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 120

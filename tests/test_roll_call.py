@@ -148,3 +148,47 @@ train(model, opt)
     assert done.returncode == 0, done.stderr
     assert "<1: on rank 0: " in done.stdout
     assert "<0: " in done.stdout
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_rank_that_leaves_is_noticed_on_whichever_communicator_the_others_wait(mpirun, lost, steps):
+    done = _run(
+        mpirun,
+        4,
+        f"""
+pair = MPI.COMM_WORLD.Split(rank // 2)
+model2, opt2 = make(comm=pair)
+for step in range(4):
+    if rank == {lost} and step == {steps}:
+        sys.exit(3)
+    train(*((model, opt) if step % 2 else (model2, opt2)))
+""",
+    )
+    assert done.returncode != 0
+    assert f"rank {lost % 2 if steps == 2 else lost} left the program while others go on" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("when", ["before backward", "after backward"])
+def test_a_rank_that_leaves_in_a_cycle_of_daso_is_named(mpirun, num_ranks, steps, when):
+    done = _run(
+        mpirun,
+        num_ranks,
+        f"""
+opt.detach()
+daso = dpoptim.DASO(dpoptim.SGD(model.parameters(), lr=0.1), total_epochs=9, warmup_epochs=0, node=rank // 2)
+daso.end_epoch(1.0)
+for step in range(9):
+    daso.zero_grad()
+    for phase in ("before backward", "after backward"):
+        if (rank, step, phase) == (1, {steps}, "{when}"):
+            sys.exit(3)
+        if phase == "before backward":
+            model(torch.ones(1, 3)).sum().backward()
+    daso.step()
+""",
+    )
+    assert done.returncode != 0
+    assert "rank 1 left the program while others go on" in done.stderr, done.stderr
