@@ -7,19 +7,26 @@ times the time of the fused step. The classes here are subclasses of torch's, wi
 
 Note [Choosing the implementation]
 ----------------------------------
-Fused where torch has a fused kernel of the optimizer for the device and dtype of every parameter; else foreach, for
-which torch's own default needs a GPU. Neither supports ``differentiable``; fused takes no tensor ``betas``, and foreach
-takes a tensor ``lr`` only if ``capturable``. A sparse gradient, known only when it comes, needs the loop: the group
-falls back then. A loaded ``state_dict`` whose groups name none (torch saves ``None``) is chosen for again.
+:data:`CHOICES` says what is fastest on each device; it was measured (``benchmarks/optimizers.py``). Where torch has a
+fused kernel for the device and dtype of every parameter it is fused, and small tensors are stepped together
+(:mod:`dpoptim.flat_step`). Where it has none, the step on CPU is *flat*: the loop over few blocks of a size that fits
+the cache, with the same bits as the loop over parameters. Elsewhere it is foreach. None supports ``differentiable``;
+fused takes no tensor ``betas``, and foreach takes a tensor ``lr`` only if ``capturable``. A sparse gradient, known only
+when it comes, needs the loop: the group falls back then. A loaded ``state_dict`` whose groups name none (torch saves
+``None``) is chosen for again. A group that names ``foreach`` or ``fused=False`` is stepped by torch alone.
 """
 
 import inspect
-from collections.abc import Container
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from dpoptim.flat_step import FlatStep
 
 if TYPE_CHECKING:
     from torch.optim import (
@@ -60,19 +67,66 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The fastest implementation of an optimizer on a kind of device.
+
+    Attributes
+    ----------
+    kind : str
+        ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``.
+    flat_below : int
+        If fused or flat, parameters with fewer elements are stepped together; see :mod:`dpoptim.flat_step`.
+    """
+
+    kind: str
+    flat_below: int = 0
+
+
+_FUSED_FLAT = Choice("fused", flat_below=512)
+_FLAT = Choice("flat", flat_below=4096)
+_LOOP = Choice("for-loop")
+
+# Measured with benchmarks/optimizers.py; on a device that is not here: fused, else foreach, else the loop.
+CHOICES: dict[str, dict[str, Choice]] = {
+    "cpu": {
+        "SGD": Choice("fused"),  # a step without momentum costs less than the copies
+        "Adam": _FUSED_FLAT,
+        "AdamW": _FUSED_FLAT,
+        "Adagrad": _FUSED_FLAT,
+        "RMSprop": _FLAT,
+        "Adadelta": _FLAT,
+        "Adamax": _FLAT,
+        "NAdam": _FLAT,
+        "RAdam": _FLAT,
+        "Rprop": _FLAT,
+        "ASGD": _FLAT,
+        "Adafactor": Choice("foreach"),
+        "Muon": _LOOP,
+        "LBFGS": _LOOP,
+        "SparseAdam": _LOOP,
+    },
+}
+
+
 def implementation(optimizer: torch.optim.Optimizer, group: int = 0) -> str:
-    """Say how a parameter group is stepped: ``"fused"``, ``"foreach"`` or ``"for-loop"``."""
+    """Say how a parameter group is stepped: ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # a DataParallelOptimizer steps as what it wraps
     options = optimizer.param_groups[group]
     if options.get("fused"):
         return "fused"
     if options.get("foreach"):
         return "foreach"
+    if isinstance(optimizer, tuple(_OURS)) and _is_flat(type(optimizer).__name__, options):
+        return "flat"
     return "for-loop"
 
 
-def _choose(options: dict[str, Any], accepted: Container[str], fused_devices: Container[str]) -> bool:
+def _choose(name: str, options: dict[str, Any], accepted: Container[str], fused_devices: Container[str]) -> bool:
     """Choose for a parameter group that names neither; return whether fused was chosen now."""
     if options.get("fused") is not None or options.get("foreach") is not None or options.get("differentiable"):
+        return False
+    if _is_flat(name, options):
         return False
     parameters: list[Tensor] = options["params"]
     tensor_betas = any(isinstance(beta, Tensor) for beta in options.get("betas", ()))
@@ -89,36 +143,93 @@ def _choose(options: dict[str, Any], accepted: Container[str], fused_devices: Co
     return False
 
 
+def _is_flat(name: str, options: dict[str, Any]) -> bool:
+    """Whether a group that names no implementation is stepped flat: real parameters on CPU, no special wishes."""
+    if any(options.get(key) for key in ("differentiable", "capturable")) or options.get("foreach") is not None:
+        return False
+    return CHOICES["cpu"][name].kind == "flat" and all(
+        p.device.type == "cpu" and p.is_floating_point() for p in options["params"]
+    )
+
+
+# How each living optimizer is stepped flat. Not an attribute: a copy of the object's __dict__ must not share it.
+_flat_steps: WeakKeyDictionary[torch.optim.Optimizer, FlatStep] = WeakKeyDictionary()
+
+
+def _flat_step(optimizer: torch.optim.Optimizer) -> FlatStep:
+    if optimizer not in _flat_steps:
+        _flat_steps[optimizer] = FlatStep()
+    return _flat_steps[optimizer]
+
+
+def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
+    """Put what ``_init_group`` has collected for one group into blocks, where that is faster."""
+    if torch.compiler.is_compiling() or any(gradient.is_sparse for gradient in lists[1]):
+        return
+    choice = CHOICES["cpu"][name]
+    if group.get("fused"):
+        # A GradScaler lets the fused kernel unscale p.grad itself.
+        scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+        if choice.kind != "fused" or not choice.flat_below or scaled:
+            return
+    elif not _is_flat(name, group):
+        return
+    number = next(number for number, other in enumerate(optimizer.param_groups) if other is group)
+    _flat_step(optimizer).condense(
+        number, optimizer.state, lists, flat_below=choice.flat_below, cut_large=not group.get("fused")
+    )
+
+
 def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Derive a class that differs from torch's in the choice of implementation alone."""
     name = torch_class.__name__
     accepted = inspect.signature(torch_class.__init__).parameters.keys() & {"fused", "foreach"}
     fused_devices = set(_get_fused_kernels_supported_devices()) - _NO_FUSED_KERNEL.get(name, set())
+    torch_step = torch_class.step
+    if getattr(torch_step, "hooked", False):  # by an instance made before: the hooks are those of this class, once
+        torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
 
     def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
         torch_class.add_param_group(self, param_group)
-        if _choose(self.param_groups[-1], accepted, fused_devices):
+        if _choose(name, self.param_groups[-1], accepted, fused_devices):
             self._need_device_dtype_check_for_fused = True
 
     def set_state(self: Any, state: dict[str, Any]) -> None:
         torch_class.__setstate__(self, state)
         for options in self.param_groups:
-            if not _choose(options, accepted, fused_devices):
+            if not _choose(name, options, accepted, fused_devices):
                 continue
             for parameter in options["params"]:
                 entry = self.state.get(parameter, {})
                 if "step" in entry:  # the fused kernels want it in float32 beside the parameter
                     entry["step"] = entry["step"].to(parameter.device, torch.float32)
 
-    def init_group(self: Any, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if group.get("fused") and any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+    def init_group(self: Any, group: dict[str, Any], *lists: list[Any]) -> Any:
+        if (
+            name in _LOOP_TAKES_SPARSE
+            and group.get("fused")
+            and any(p.grad is not None and p.grad.is_sparse for p in group["params"])
+        ):
             group["fused"] = False
-        return torch_class._init_group(self, group, *args, **kwargs)  # type: ignore[attr-defined]
+        found = torch_class._init_group(self, group, *lists)  # type: ignore[attr-defined]
+        _condense(name, self, group, lists)
+        return found
 
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        flat = _flat_step(self)
+        flat.begin()
+        loss = torch_step(self, closure)
+        with torch.no_grad():
+            flat.finish(self.state)
+        return loss
+
+    step.__doc__ = torch_class.step.__doc__
     members: dict[str, Any] = {"__doc__": torch_class.__doc__, "__module__": __name__}
     if accepted:
         members |= {"add_param_group": add_param_group, "__setstate__": set_state}
-    if name in _LOOP_TAKES_SPARSE:
+    if CHOICES["cpu"][name].kind == "flat" or CHOICES["cpu"][name].flat_below:
+        members |= {"_init_group": init_group, "step": step}
+    elif name in _LOOP_TAKES_SPARSE:
         members["_init_group"] = init_group
     return type(name, (torch_class,), members)
 
@@ -127,9 +238,11 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
 _NO_FUSED_KERNEL = {"Adagrad": {"cuda"}}
 # Of the optimizers with a fused kernel, those whose loop takes sparse gradients.
 _LOOP_TAKES_SPARSE = ("SGD", "Adagrad")
+_OURS: list[type[torch.optim.Optimizer]] = []
 
 if not TYPE_CHECKING:
     for _name in __all__[:-1]:
         if hasattr(torch.optim, _name):  # Muon is new in torch 2.9
             globals()[_name] = _fastest(getattr(torch.optim, _name))
+            _OURS.append(globals()[_name])
     __all__ = [name for name in __all__ if name in globals()]
