@@ -31,10 +31,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from dpoptim.compiled_step import CompiledStep
 from dpoptim.partition import group_by_size
 
 __all__ = ["BLOCK_NUMEL", "FlatStep", "block_numel"]
@@ -55,11 +57,25 @@ def block_numel() -> int:
 
 
 class FlatStep:
-    """Makes the steps of one optimizer object flat; see the notes of this module. Local, on CPU."""
+    """Makes the steps of one optimizer object flat; see the notes of this module. Local, on CPU.
+
+    Attributes
+    ----------
+    compiled : CompiledStep or None
+        What is to step the blocks instead of torch's loop.
+    """
 
     def __init__(self) -> None:
+        self.compiled: CompiledStep | None = None
         self._plans: dict[int, _Plan] = {}
         self._open: list[_Plan] = []
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> "FlatStep":
+        """Return the object of this optimizer, which lives as long as that one."""
+        if optimizer not in _flat_steps:
+            _flat_steps[optimizer] = FlatStep()
+        return _flat_steps[optimizer]
 
     def begin(self) -> None:
         """Start a step; what an earlier one left behind when it failed is dropped."""
@@ -100,6 +116,10 @@ class FlatStep:
         for plan in self._open:
             plan.store(state)
         self._open.clear()
+
+
+# Not an attribute of the optimizer: a copy of its __dict__ must not share the blocks.
+_flat_steps: WeakKeyDictionary[torch.optim.Optimizer, FlatStep] = WeakKeyDictionary()
 
 
 class _Plan:
