@@ -9,25 +9,26 @@ Note [How the step is made flat]
 --------------------------------
 torch's optimizers make a step of a group in two parts: ``_init_group`` puts parameters, gradients and state into
 lists, then a function steps the lists. Between the two, :meth:`FlatStep.condense` replaces the tensors in the lists by
-blocks; after the step, :meth:`FlatStep.finish` copies the parameters back. So the arithmetic is torch's own, and every
+blocks; after the step the parameters are copied back. So the arithmetic is torch's own, and every
 element meets the same operations: the result is the same bits as without blocks. What a step skips (parameters without
 a gradient), it skips before, in ``_init_group``.
 
 Note [State in blocks]
 ----------------------
-Parameters and gradients are copied into a block and parameters out of it, at every step: they are the user's, who
-may write to them, move them, or share their memory. State is the optimizer's: when the same parameters are stepped
-together a second time, their entries in ``optimizer.state`` become views of the block, and need no copies any more. A
-view is like any tensor for those who read, write, save or copy it. Each step compares the entries with the views by
-identity and address; whatever is not a view any more (a loaded state, an entry that was replaced) is copied into the
-block and becomes one again. So nothing is held that could be out of date: blocks are memory to work in, and the truth
-is in ``param_groups`` and ``optimizer.state``.
+Parameters and gradients are copied into a block and parameters out of it, at every step: they are the user's, who may
+write to them, move them, or share their memory. State is the optimizer's: when the same parameters are stepped
+together a second time, their entries in ``optimizer.state`` become views of the block, and need no copies any more.
+A view is like any tensor for those who read, write, save or copy it. Each step compares the entries with the views
+by identity and address; whatever is not a view any more (a loaded state, an entry that was replaced) is copied into
+the block and becomes one again. So nothing is held that could be out of date: blocks are memory to work in, and the
+truth is in ``param_groups`` and ``optimizer.state``.
 
-Numbers of a parameter (``step``, and ``eta``, ``mu``, ``mu_product``) must be equal throughout a block, which reads one.
-They are compared at each step, and parameters are divided anew among blocks when they are not.
+Numbers of a parameter (``step``; ``eta``, ``mu``, ``mu_product``) must be equal throughout a block, which steps one.
+They are compared at each step, and parameters are divided among blocks anew when they are not.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -39,21 +40,18 @@ from torch import Tensor
 from dpoptim.compiled_step import CompiledStep
 from dpoptim.partition import group_by_size
 
-__all__ = ["BLOCK_NUMEL", "FlatStep", "block_numel"]
+__all__ = ["FlatStep"]
 
-# Elements of a block with one thread, half a MiB in float32. Of 2^13 to 2^18, where the calls no longer count and the
-# block, its gradient, its state and what is computed on the way still are in a cache (measured: docs/performance.md).
-BLOCK_NUMEL = 1 << 17
+# Elements that small tensors fill at most together, and of the parts of a large one. So many that the calls hardly
+# count, so few that a part, its gradient, its state and what is computed on the way stay in a cache: of the powers of 2
+# from 2^13 to 2^19 the best with one thread (measured by the benchmark in docs/performance.md).
+_TOGETHER_NUMEL = 1 << 17
+_PART_NUMEL = 1 << 18
 # torch gives a thread no less than 2^15 elements.
 _NUMEL_PER_THREAD = 1 << 16
 
 # The lists of one group's step: parameters, gradients, and one or more of state, each of one tensor a parameter.
 Lists = Sequence[list[Any]]
-
-
-def block_numel() -> int:
-    """Return how many elements a block has at most, with the threads that torch uses now."""
-    return max(BLOCK_NUMEL, _NUMEL_PER_THREAD * torch.get_num_threads())
 
 
 class FlatStep:
@@ -62,13 +60,16 @@ class FlatStep:
     Attributes
     ----------
     compiled : CompiledStep or None
-        What is to step the blocks instead of torch's loop.
+        What steps the blocks instead of torch's loop.
+    is_open : bool
+        Whether a step is being made, within :meth:`opened`: blocks are brought back at its end.
     """
 
     def __init__(self) -> None:
         self.compiled: CompiledStep | None = None
+        self.is_open = False
         self._plans: dict[int, _Plan] = {}
-        self._open: list[_Plan] = []
+        self._stepped: list[_Plan] = []
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer) -> "FlatStep":
@@ -77,9 +78,23 @@ class FlatStep:
             _flat_steps[optimizer] = FlatStep()
         return _flat_steps[optimizer]
 
-    def begin(self) -> None:
-        """Start a step; what an earlier one left behind when it failed is dropped."""
-        self._open.clear()
+    def compile(self, torch_class: type[torch.optim.Optimizer]) -> None:
+        """Step with the compiled step of this class from now on."""
+        self.compiled = CompiledStep(torch_class)
+        self._plans.clear()
+
+    @contextlib.contextmanager
+    def opened(self, state: Any) -> Iterator[None]:
+        """Make a step within; bring what it has changed in blocks to the parameters, also when it fails half-way."""
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+            stepped, self._stepped = self._stepped, []
+            with torch.no_grad():
+                for plan in stepped:
+                    plan.store(state)
 
     def condense(self, group: int, state: Any, lists: Lists, *, flat_below: int, cut_large: bool) -> None:
         """Replace the tensors of one group in ``lists`` by blocks.
@@ -102,20 +117,14 @@ class FlatStep:
         used = [entries for entries in lists if entries]
         if not used:
             return
-        cut_above = block_numel() if cut_large else None
+        cut_above = max(_PART_NUMEL, _NUMEL_PER_THREAD * torch.get_num_threads()) if cut_large else None
         plan = self._plans.get(group)
         if plan is None or not plan.fits(used) or not plan.load(used, state):
             plan = self._plans[group] = _Plan(used, flat_below=flat_below, cut_above=cut_above)
             loaded = plan.load(used, state)
             assert loaded
-        self._open.append(plan)
+        self._stepped.append(plan)
         plan.replace(used)
-
-    def finish(self, state: Any) -> None:
-        """Bring what the step has changed in blocks to the parameters, and to state that is not in blocks."""
-        for plan in self._open:
-            plan.store(state)
-        self._open.clear()
 
 
 # Not an attribute of the optimizer: a copy of its __dict__ must not share the blocks.
@@ -150,7 +159,7 @@ class _Plan:
         self._blocks: list[_Block] = []
         for indices in small.values():
             sizes_bytes = [self._parameters[index].nbytes for index in indices]
-            for run in group_by_size(sizes_bytes, block_numel() * self._parameters[indices[0]].itemsize):
+            for run in group_by_size(sizes_bytes, _TOGETHER_NUMEL * self._parameters[indices[0]].itemsize):
                 members = [indices[place] for place in run]
                 if len(members) > 1:
                     self._blocks.append(_Block(members, lists))
@@ -172,7 +181,11 @@ class _Plan:
         """Copy into the blocks what is not there already; return False if the state no longer fits the plan."""
         self._num_loads += 1
         move_in = self._num_loads > 1  # Note [State in blocks]
-        return all(block.load(lists, state if move_in else None) for block in self._blocks)
+        if not all(block.takes(lists) for block in self._blocks):
+            return False
+        for block in self._blocks:
+            block.load(lists, state if move_in else None)
+        return True
 
     def replace(self, lists: Lists) -> None:
         """Put blocks and cut tensors into the lists, instead of what they stand for."""
@@ -211,29 +224,39 @@ class _Block:
             self.flat.append(torch.empty_like(first[0]) if first[0].dim() == 0 else flat)
         self._to_store: list[Callable[[], None]] = []
 
-    def load(self, lists: Lists, state: Any) -> bool:
-        self._to_store.clear()
-        parameters = [lists[0][index] for index in self._members]
-        for place, (mine, stepped) in enumerate(zip(self._entries, self.flat, strict=True)):
-            theirs = parameters if place == 0 else [lists[place][index] for index in self._members]
-            if place < 2:
-                mine.copy_in(theirs)
-                continue
+    def takes(self, lists: Lists) -> bool:
+        """Whether the members' state still is of one kind; changes nothing outside of the block."""
+        for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
+            theirs = [entries[index] for index in self._members]
             if not mine.are_in_place():
                 return False
-            if not all(map(is_, theirs, mine.views)):
+            if not mine.are(theirs):
                 if not mine.match(theirs):
                     return False
-                mine.copy_in(theirs)
-                if state is None or not mine.move_in(theirs, [state[parameter] for parameter in parameters]):
-                    self._to_store.append(_CopyOut(mine, theirs))
+                if stepped is not mine.flat:
+                    mine.copy_in(theirs)
             if stepped is not mine.flat:
                 number = mine.flat[0]
                 if not torch.equal(mine.flat, number.expand_as(mine.flat)):
                     return False
                 stepped.copy_(number)
-        self._to_store.append(_CopyOut(self._entries[0], parameters))
         return True
+
+    def load(self, lists: Lists, state: Any) -> None:
+        """Copy into the block what is not there already, and give the state of its members to it."""
+        self._to_store.clear()
+        parameters = [lists[0][index] for index in self._members]
+        self._entries[0].copy_in(parameters)
+        self._entries[1].copy_in([lists[1][index] for index in self._members])
+        for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
+            theirs = [entries[index] for index in self._members]
+            if mine.are(theirs):
+                continue
+            if stepped is mine.flat:
+                mine.copy_in(theirs)
+            if state is None or not mine.move_in(theirs, [state[parameter] for parameter in parameters]):
+                self._to_store.append(_CopyOut(mine, theirs))
+        self._to_store.append(_CopyOut(self._entries[0], parameters))
 
     def store(self) -> None:
         for mine, stepped in zip(self._entries, self.flat, strict=True):
@@ -257,13 +280,17 @@ class _Entries:
         """Whether the views are still where they were made: nobody has given one of them other memory."""
         return [view.data_ptr() for view in self.views] == self._addresses
 
+    def are(self, others: Sequence[Tensor]) -> bool:
+        """Whether these are the views."""
+        return all(map(is_, others, self.views))
+
     def match(self, others: Sequence[Tensor]) -> bool:
         return all(
             other.dtype == view.dtype and other.shape == view.shape and other.device == view.device
             for other, view in zip(others, self.views, strict=True)
         )
 
-    def copy_in(self, others: Sequence[Tensor]) -> None:
+    def copy_in(self, others: list[Tensor]) -> None:
         torch._foreach_copy_(self.views, others)
 
     def move_in(self, others: Sequence[Tensor], states: Iterable[dict[str, Any]]) -> bool:
@@ -284,7 +311,7 @@ class _CopyOut:
     """Copies from a block to the tensors that it stands for."""
 
     block: _Entries
-    others: Sequence[Tensor]
+    others: list[Tensor]
 
     def __call__(self) -> None:
         torch._foreach_copy_(self.others, self.block.views)
@@ -341,4 +368,3 @@ def _is_plain(entries: Sequence[Any]) -> bool:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-

@@ -17,7 +17,7 @@ when it comes, needs the loop: the group falls back then. A loaded ``state_dict`
 """
 
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from dpoptim.compiled_step import CompiledStep, check_compiler
+from dpoptim.compiled_step import check_compiler
 from dpoptim.flat_step import FlatStep
 from dpoptim.reducer import is_reduced
 
@@ -79,14 +79,20 @@ class Choice:
         ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``.
     flat_below : int
         If fused or flat, parameters with fewer elements are stepped together; see :mod:`dpoptim.flat_step`.
+    cut_large : bool
+        If flat, whether large parameters are stepped in parts.
+    foreach_below : int, optional
+        If foreach, only for groups whose parameters have fewer elements in the mean; the loop for others.
     """
 
     kind: str
     flat_below: int = 0
+    cut_large: bool = False
+    foreach_below: int | None = None
 
 
 _FUSED_FLAT = Choice("fused", flat_below=512)
-_FLAT = Choice("flat", flat_below=4096)
+_FLAT = Choice("flat", flat_below=4096, cut_large=True)
 _LOOP = Choice("for-loop")
 
 # Measured with benchmarks/optimizers.py; on a device that is not here: fused, else foreach, else the loop.
@@ -102,8 +108,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "NAdam": _FLAT,
         "RAdam": _FLAT,
         "Rprop": _FLAT,
-        "ASGD": _FLAT,
-        "Adafactor": Choice("foreach"),
+        "ASGD": Choice("flat", flat_below=4096),  # few operations: parts cost more than they save
+        "Adafactor": Choice("foreach", foreach_below=16384),
         "Muon": _LOOP,
         "LBFGS": _LOOP,
         "SparseAdam": _LOOP,
@@ -119,7 +125,8 @@ def implementation(optimizer: torch.optim.Optimizer, group: int = 0) -> str:
         return "fused"
     if options.get("foreach"):
         return "foreach"
-    if isinstance(optimizer, tuple(_OURS)) and _is_flat(type(optimizer).__name__, options):
+    our_class = _our_class(optimizer)
+    if our_class is not None and _is_flat(our_class.__name__, options):
         return "flat"
     return "for-loop"
 
@@ -146,8 +153,9 @@ def compile_step(optimizer: torch.optim.Optimizer) -> None:
     RuntimeError
         No C++ compiler works here.
     """
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, tuple(_OURS)) or CHOICES["cpu"][kind].kind != "flat":
+    our_class = _our_class(optimizer)
+    if our_class is None or CHOICES["cpu"][our_class.__name__].kind != "flat":
+        kind = type(optimizer).__name__
         flat_kinds = ", ".join(name for name, choice in CHOICES["cpu"].items() if choice.kind == "flat")
         raise TypeError(f"optimizer must be a dpoptim optimizer without a fused kernel ({flat_kinds}), got {kind}")
     kinds = [implementation(optimizer, number) for number in range(len(optimizer.param_groups))]
@@ -156,7 +164,7 @@ def compile_step(optimizer: torch.optim.Optimizer) -> None:
     if any(is_reduced(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("compile_step must be called before the optimizer is wrapped in a DataParallelOptimizer")
     check_compiler()
-    FlatStep.of(optimizer).compiled = CompiledStep(type(optimizer).__bases__[0])
+    FlatStep.of(optimizer).compile(our_class.__bases__[0])
 
 
 def _choose(name: str, options: dict[str, Any], accepted: Container[str], fused_devices: Container[str]) -> bool:
@@ -175,18 +183,34 @@ def _choose(name: str, options: dict[str, Any], accepted: Container[str], fused_
     ):
         options["fused"] = True
         return True
-    if "foreach" in accepted and (options.get("capturable") or not tensor_options):
+    if "foreach" not in accepted or (tensor_options and not options.get("capturable")):
+        return False
+    limit = CHOICES["cpu"][name].foreach_below
+    if limit is None or any(p.device.type != "cpu" for p in parameters) or _mean_numel(parameters) < limit:
         options["foreach"] = True
     return False
 
 
+def _mean_numel(parameters: Sequence[Tensor]) -> float:
+    return sum(parameter.numel() for parameter in parameters) / max(1, len(parameters))
+
+
 def _is_flat(name: str, options: dict[str, Any]) -> bool:
-    """Whether a group that names no implementation is stepped flat: real parameters on CPU, no special wishes."""
-    if any(options.get(key) for key in ("differentiable", "capturable")) or options.get("foreach") is not None:
-        return False
-    return CHOICES["cpu"][name].kind == "flat" and all(
+    """Whether a group is stepped flat: none is named, real parameters on CPU."""
+    return _may_be_flat(name, options) and all(
         p.device.type == "cpu" and p.is_floating_point() for p in options["params"]
     )
+
+
+def _may_be_flat(name: str, options: dict[str, Any]) -> bool:
+    if any(options.get(key) for key in ("differentiable", "capturable")) or options.get("foreach") is not None:
+        return False
+    return CHOICES["cpu"][name].kind == "flat"
+
+
+def _our_class(optimizer: object) -> type[torch.optim.Optimizer] | None:
+    """Return the class of this module that an optimizer is of, also if it is of a user's subclass."""
+    return next((kind for kind in type(optimizer).__mro__ if kind in _OURS), None)
 
 
 def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
@@ -199,12 +223,14 @@ def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[lis
         scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
         if choice.kind != "fused" or not choice.flat_below or scaled:
             return
-    elif not _is_flat(name, group):
+    elif not _may_be_flat(name, group):
         return
     number = next(number for number, other in enumerate(optimizer.param_groups) if other is group)
     flat = FlatStep.of(optimizer)
+    if not flat.is_open:
+        return  # torch's step was called past ours
     compiled = None if group.get("fused") else flat.compiled
-    cut_large = compiled is None and not group.get("fused")
+    cut_large = choice.cut_large and compiled is None
     flat.condense(number, optimizer.state, lists, flat_below=choice.flat_below, cut_large=cut_large)
     if compiled is not None and lists[0]:
         compiled(number, group, [list(entries) for entries in lists])
@@ -248,12 +274,10 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
         return found
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        flat = FlatStep.of(self)
-        flat.begin()
-        loss = torch_step(self, closure)
-        with torch.no_grad():
-            flat.finish(self.state)
-        return loss
+        if torch.compiler.is_compiling():  # by the user, the whole of it
+            return torch_step(self, closure)
+        with FlatStep.of(self).opened(self.state):
+            return torch_step(self, closure)
 
     step.__doc__ = torch_class.step.__doc__
     members: dict[str, Any] = {"__doc__": torch_class.__doc__, "__module__": __name__}

@@ -20,6 +20,7 @@ LEVELS = {
     "partition": 0,
     "bucket": 0,
     "communicator": 1,
+    "compiled_step": 0,
     "flat_step": 1,
     "roll_call": 2,
     "comm_hooks": 2,
