@@ -25,6 +25,7 @@ LEVELS = {
     "roll_call": 2,
     "comm_hooks": 2,
     "utils": 2,
+    "preconditions": 3,
     "reducer": 3,
     "signature": 3,
     "optimizer": 4,
