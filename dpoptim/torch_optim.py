@@ -8,17 +8,19 @@ times the time of the fused step. The classes here are subclasses of torch's, wi
 Note [Choosing the implementation]
 ----------------------------------
 :data:`CHOICES` says what is fastest on each device; it was measured (``benchmarks/optimizers.py``). Where torch has a
-fused kernel for the device and dtype of every parameter it is fused, and small tensors are stepped together
-(:mod:`dpoptim.flat_step`). Where it has none, the step on CPU is *flat*: the loop over few blocks of a size that fits
-the cache, with the same bits as the loop over parameters. Elsewhere it is foreach. None supports ``differentiable``;
-fused takes no tensor ``betas``, and foreach takes a tensor ``lr`` only if ``capturable``. A sparse gradient, known only
-when it comes, needs the loop: the group falls back then. A loaded ``state_dict`` whose groups name none (torch saves
-``None``) is chosen for again. A group that names ``foreach`` or ``fused=False`` is stepped by torch alone.
+fused kernel that is right for the device and dtype of every parameter it is fused, and small tensors are stepped
+together (:mod:`dpoptim.flat_step`). Where it has none, the step on CPU is *flat*: the loop over few blocks of a size
+that fits the cache, with the same bits as the loop over parameters. Elsewhere it is foreach. None supports
+``differentiable``; fused takes no tensor ``betas``, and foreach takes a tensor ``lr`` only if ``capturable``. A sparse
+gradient, known only when it comes, needs the loop: the group falls back then. A loaded ``state_dict`` whose groups name
+none (torch saves ``None``) is chosen for again. A group that names ``foreach`` or ``fused=False`` is stepped by torch
+alone.
 """
 
 import inspect
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,6 +182,7 @@ def _choose(name: str, options: dict[str, Any], accepted: Container[str], fused_
         "fused" in accepted
         and not tensor_betas
         and all(p.device.type in fused_devices and p.is_floating_point() for p in parameters)
+        and not any((p.device.type, p.dtype) in _WRONG_FUSED_KERNEL.get(name, ()) for p in parameters)
     ):
         options["fused"] = True
         return True
@@ -211,6 +214,26 @@ def _may_be_flat(name: str, options: dict[str, Any]) -> bool:
 def _our_class(optimizer: object) -> type[torch.optim.Optimizer] | None:
     """Return the class of this module that an optimizer is of, also if it is of a user's subclass."""
     return next((kind for kind in type(optimizer).__mro__ if kind in _OURS), None)
+
+
+def _align(state: Any, lists: Sequence[list[Any]]) -> None:
+    """Give gradients and state the memory layout of their parameter, which torch's fused kernels take for granted.
+
+    They step element by element in memory, whatever the strides (seen with torch 2.13 on CPU): a contiguous gradient
+    of a channels-last parameter would be applied to other elements.
+    """
+    arrays = [entries for entries in lists if any(isinstance(entry, Tensor) and entry.dim() for entry in entries)]
+    if all(entry is None or entry.is_contiguous() for entry in chain.from_iterable(arrays)):
+        return
+    for index, parameter in enumerate(lists[0]):
+        for place, entries in enumerate(arrays[1:], 1):
+            entry = entries[index]
+            if entry is None or entry.is_sparse or entry.stride() == parameter.stride():
+                continue
+            entries[index] = aligned = torch.empty_like(parameter, dtype=entry.dtype).copy_(entry)
+            if place > 1:
+                kept = state[parameter]
+                kept[next(key for key, value in kept.items() if value is entry)] = aligned
 
 
 def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
@@ -270,6 +293,8 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
         ):
             group["fused"] = False
         found = torch_class._init_group(self, group, *lists)  # type: ignore[attr-defined]
+        if group.get("fused"):
+            _align(self.state, lists)
         _condense(name, self, group, lists)
         return found
 
@@ -292,6 +317,8 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
 
 # Devices on which torch has fused kernels, but not of this optimizer.
 _NO_FUSED_KERNEL = {"Adagrad": {"cuda"}}
+# Kernels that leave most elements as they are and write uninitialised memory to the momentum (pytorch#191763).
+_WRONG_FUSED_KERNEL = {"SGD": {("cpu", torch.bfloat16), ("cpu", torch.float16)}}
 # Of the optimizers with a fused kernel, those whose loop takes sparse gradients.
 _LOOP_TAKES_SPARSE = ("SGD", "Adagrad")
 _OURS: list[type[torch.optim.Optimizer]] = []

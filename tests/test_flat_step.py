@@ -25,6 +25,8 @@ OPTIONS = {
 # One element, scalars, vectors, matrices, a channels-last kernel, one that is cut (into 3 and a rest), one in between.
 SHAPES = [(1,), (), (7,), (5, 6), (3, 4, 2, 2), (40, 80), (31, 33), (4,), (4,), (9, 2)]
 
+supports_flat = pytest.mark.supports("{name}", implementations="flat")
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
@@ -58,9 +60,9 @@ class Pair:
 
     def give_gradients(self, without=()):
         for index, (a, b) in enumerate(zip(self.ours, self.theirs, strict=True)):
-            gradient = torch.randn(a.shape, generator=self.generator).to(a.dtype)
-            a.grad = None if index in without else gradient.clone(memory_format=torch.preserve_format)
-            b.grad = None if index in without else gradient
+            gradient = torch.randn(a.shape, generator=self.generator)
+            for parameter in (a, b):  # in the parameter's layout, as autograd makes it
+                parameter.grad = None if index in without else torch.empty_like(parameter).copy_(gradient)
 
     def step(self, num_steps=3, without=()):
         for _ in range(num_steps):
@@ -91,7 +93,7 @@ class Pair:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", [*FLAT, *FUSED])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=supports_flat) for name in FLAT), *FUSED])
 def test_the_same_bits_while_gradients_come_and_go(name, dtype):
     pair = Pair(name, dtype)
     pair.step(3)
@@ -105,19 +107,50 @@ def test_the_same_bits_while_gradients_come_and_go(name, dtype):
     assert not any(parameter.untyped_storage().nbytes() > parameter.nbytes for parameter in pair.ours)
 
 
+@pytest.mark.parametrize("name", [*FUSED, "SGD"])
+def test_gradients_and_state_in_another_memory_layout(name):
+    """Against the loop: torch's fused kernels would apply them to other elements."""
+    pair = Pair(name, **({"momentum": 0.9} if name == "SGD" else {}))
+    pair.exact = False
+    pair.plain.param_groups[0].update(fused=False, foreach=False)
+    for step in range(6):
+        pair.give_gradients()
+        for parameters in (pair.ours, pair.theirs):
+            parameters[3].grad = parameters[3].grad.t().contiguous().t()
+            parameters[4].grad = parameters[4].grad.contiguous()
+        if step == 3:
+            for parameters in (pair.ours, pair.theirs):
+                parameters[4].data = parameters[4].data.contiguous()
+            pair.opt.load_state_dict(copy.deepcopy(pair.opt.state_dict()))
+        pair.opt.step()
+        pair.plain.step()
+        for a, b in zip(pair.ours, pair.theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FLAT)
-def test_sixteen_bits(name, dtype):
-    pair = Pair(name, dtype)
+@pytest.mark.parametrize("name", [*FLAT, *FUSED, "SGD"])
+def test_sixteen_bits_against_torchs_loop(name, dtype):
+    """Whatever is chosen is right: torch's fused SGD on CPU leaves most elements as they are (pytorch#191763)."""
+    # A step that is seen in 8 bits; nothing that vanishes in float16.
+    options = {"SGD": {"momentum": 0.9}, "Adadelta": {"lr": 1.0}, "Adam": {"eps": 0.1}, "AdamW": {"eps": 0.1}}
+    pair = Pair(name, dtype, **options.get(name, {}))
+    before = [parameter.detach().clone() for parameter in pair.ours]
+    if pair.plain.param_groups[0].get("fused"):
+        pair.plain.param_groups[0]["fused"] = False
+    pair.plain.param_groups[0]["foreach"] = False
     for _ in range(4):
         pair.give_gradients()
         pair.opt.step()
         pair.plain.step()
-    for a, b in zip(pair.ours, pair.theirs, strict=True):
+    for a, b, old in zip(pair.ours, pair.theirs, before, strict=True):
         assert a.dtype == dtype
-        # torch rounds the last elements of a tensor otherwise: by one unit in the last place in each of four steps
+        if a.numel() > 8:  # a single number may be rounded back
+            assert not torch.equal(a, old)
+        # the loop rounds after each operation, a fused kernel at the end, and torch the last elements of a tensor
+        # otherwise: some units in the last place in each of four steps
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", [*FLAT, *FUSED])
@@ -226,9 +259,10 @@ def test_a_model_that_is_converted(name):
         optimizer.load_state_dict(optimizer.state_dict())  # converts the state
     pair.step(3)
     assert pair.is_flat()
-    for parameters in (pair.ours, pair.theirs):
-        parameters[4].data = parameters[4].data.contiguous()
-    pair.step(2)
+    if pair.exact:  # torch's own fused step is wrong then
+        for parameters in (pair.ours, pair.theirs):
+            parameters[4].data = parameters[4].data.contiguous()
+        pair.step(2)
 
 
 def test_a_converted_model_with_state_of_another_dtype_is_left_to_torch():
@@ -369,6 +403,7 @@ def test_what_is_chosen():
     assert implementation(dpoptim.RMSprop(parameters, foreach=True)) == "foreach"
     assert implementation(dpoptim.RMSprop(parameters, differentiable=True)) == "for-loop"
     assert implementation(torch.optim.RMSprop(parameters)) == "for-loop"
+    assert implementation(dpoptim.SGD([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])) == "foreach"
     assert implementation(dpoptim.Adafactor([nn.Parameter(torch.zeros(16384))])) == "for-loop"
     assert implementation(dpoptim.RMSprop([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])) == "foreach"
     assert implementation(type("Mine", (dpoptim.NAdam,), {})(parameters)) == "flat"
@@ -417,6 +452,7 @@ def compiler():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own code
 @pytest.mark.parametrize("name", FLAT)
+@pytest.mark.supports("{name}", implementations="compiled")
 def test_compiled_steps_are_equal_to_rounding(name, compiler):
     if name != "RMSprop" and not hasattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check"):
         pytest.skip("compiling takes seconds: all optimizers are compiled with one version of torch alone")
