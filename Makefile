@@ -17,7 +17,7 @@ MAIN := .venv
 HEAT := .venv-heat
 PYTEST = -m pytest -q --color=no
 
-.PHONY: train test lint test-openmpi test-mpich bench bench-heat bench-daso info check clean
+.PHONY: support train test lint test-openmpi test-mpich bench bench-heat bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -44,6 +44,13 @@ OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
 	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) || exit 1; \
 done
 endef
+
+# The table of what is supported, from a run of all tests.
+support: PYTEST += --deselect tests/test_support.py::test_the_table_is_not_stale
+support: $(MAIN)/.test
+	rm -rf .pytest_cache/support
+	$(call run_tests,$(MAIN))
+	$(MAIN)/bin/python tests/support.py
 
 info: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info

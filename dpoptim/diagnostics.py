@@ -47,7 +47,7 @@ def info() -> int:
         print("\noptimizer             implementation of the step on " + ", ".join(_devices()))
         for name in optimizers.__all__:
             if isinstance(getattr(optimizers, name), type):
-                print(f"{name:22}{', '.join(_implementation(name, device) for device in _devices())}")
+                print(f"{name:22}{'; '.join(_implementation(name, device) for device in _devices())}")
     return 0
 
 
@@ -126,8 +126,16 @@ def _step(optimizer: torch.optim.Optimizer, model: nn.Module, batch: Tensor) -> 
 
 
 def _implementation(name: str, device: str) -> str:
+    """Say how an optimizer steps real parameters on a device, as constructed now."""
     parameter = nn.Parameter(torch.zeros(1, 1, device=device))
-    return optimizers.implementation(getattr(optimizers, name)([parameter], lr=0.1))
+    kind = optimizers.implementation(getattr(optimizers, name)([parameter], lr=0.1))
+    choice = optimizers.CHOICES.get(device, {}).get(name)
+    if choice is not None and choice.foreach_below is not None:
+        return f"{kind}, for-loop if parameters have {choice.foreach_below} elements or more in the mean"
+    if choice is None or not choice.flat_below:
+        return kind
+    parts = ", large ones in parts" if choice.cut_large else ""
+    return f"{kind}, those below {choice.flat_below} elements together{parts}"
 
 
 def _devices() -> list[str]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.communicator import Communicator, available_cores
+from dpoptim.preconditions import check_closure, check_loadable, check_one_group, naming_gradients
 from dpoptim.reducer import Reducer, is_reduced
 from dpoptim.roll_call import RollCall
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
@@ -153,7 +154,8 @@ class DataParallelOptimizer(Optimizer):
         wrapped = None if closure is None else self._averaged(closure)
         step = type(self._optimizer).step
         # Step hooks have run on the wrapper; the wrapped class's own step would run the global ones again.
-        loss = getattr(step, "__wrapped__", step)(self._optimizer, wrapped)
+        with naming_gradients(self._optimizer, self._names):
+            loss = getattr(step, "__wrapped__", step)(self._optimizer, wrapped)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler made on the inner one
         self._reducer.count_step()
         return loss
@@ -174,6 +176,7 @@ class DataParallelOptimizer(Optimizer):
         num_before = len(self._parameters())
         error = None
         try:
+            check_one_group(self._optimizer)
             self._optimizer.add_param_group(param_group)
         except (TypeError, ValueError) as caught:
             error = caught
@@ -186,6 +189,24 @@ class DataParallelOptimizer(Optimizer):
         check_alike(self._communicator, self._optimizer, names, {})
         self._reducer.add_parameters(self._parameters()[num_before:], names[num_before:])
         self._broadcast(self._parameters()[num_before:])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, which is compared with the optimizer before anything is changed; local.
+
+        Call it on every rank with the same state. See ``torch.optim.Optimizer.load_state_dict``; hooks registered for
+        it see the state before the comparison.
+
+        Raises
+        ------
+        ValueError
+            The state has other groups, other shapes, or is one of another optimizer.
+        """
+        hooks = cast("OrderedDict[int, Any]", self._optimizer_load_state_dict_pre_hooks)
+        hooks[_LAST_HOOK] = self._check_loadable
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            del hooks[_LAST_HOOK]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what ``load_state_dict`` has prepared, with the wrapped class's own adjustments."""
@@ -309,10 +330,18 @@ class DataParallelOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _names(self) -> list[str]:
+        return parameter_names(self.param_groups, self._module)
+
     def _reduce_before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce what backward could not, before the user's step hooks see the gradients."""
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        check_closure(self._optimizer, closure)
+        if closure is None:
             self._reducer.finish()
+
+    def _check_loadable(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        check_loadable(self._optimizer, state_dict, self._names())
 
     def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def averaged_closure() -> Any:
@@ -341,6 +370,8 @@ class DataParallelOptimizer(Optimizer):
 
 # Key of the wrapper's own step hook among the user's, which torch numbers from 0.
 _FIRST_HOOK = -1
+# Key of its own load_state_dict hook, which is there while a state is loaded, behind the user's.
+_LAST_HOOK = -2
 
 _HOOK_DICTS = (
     "_optimizer_step_pre_hooks",

@@ -279,7 +279,7 @@ class Reducer:
         for index in self._had_anywhere:
             if self._parameters[index].grad is None and index in self._place:
                 bucket, position = self._place[index]
-                self._parameters[index].grad = bucket.reduced(position)
+                self._parameters[index].grad = _in_layout_of(self._parameters[index], bucket.reduced(position))
 
     def _reduce_outsiders(self) -> None:
         """Reduce, one by one, gradients that no bucket was planned for; collective."""
@@ -293,7 +293,7 @@ class Reducer:
             self._comm_hook(self.communicator, bucket).wait()
             bucket.unpack([parameter.grad])
             if parameter.grad is None:
-                parameter.grad = bucket.reduced(0)
+                parameter.grad = _in_layout_of(parameter, bucket.reduced(0))
 
     @torch.no_grad()
     def _reduce_sparse(self, index: int, sparse_dim: int) -> None:
@@ -402,6 +402,14 @@ class _GradientHook:
 
     def __call__(self, _: Tensor) -> None:
         self._on_gradient(self._index)
+
+
+@torch.no_grad()
+def _in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient in its parameter's memory layout, as autograd makes it: torch's fused steps rely on it."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def is_reduced(parameter: Tensor) -> bool:

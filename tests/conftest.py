@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
@@ -22,12 +23,15 @@ UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_
 @pytest.hookimpl(trylast=True)  # after the terminal reporter
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    num_ranks = rank = 0  # alone
     if UNDER_MPIRUN:
         from mpi4py import MPI
 
+        num_ranks, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if MPI.COMM_WORLD.rank != 0 and reporter is not None:
             reporter._tw._file = open(os.devnull, "w")  # noqa: PTH123, SIM115  open for as long as pytest runs
+    config.pluginmanager.register(support.recorder(num_ranks, rank), "support")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,13 +12,17 @@ from dpoptim.utils.consistency import digest
 
 __all__ = [
     "ELEMENTWISE",
+    "EVERY_OPTIMIZER",
     "OPTIMIZERS",
+    "Matrices",
     "Net",
+    "Words",
     "assert_replicas",
     "assert_same_parameters",
     "joined_batch",
     "local_part",
     "make_plain",
+    "model_for",
     "part_sizes",
     "seeded",
     "train",
@@ -43,6 +47,29 @@ ELEMENTWISE: list[tuple[str, dict[str, Any]]] = [
 ]
 OPTIMIZERS = [*ELEMENTWISE, ("Adafactor", {"lr": 0.01}), ("LBFGS", {"lr": 0.5, "max_iter": 4})]
 
+# Each optimizer of this torch once, with the options under which it keeps the most state.
+EVERY_OPTIMIZER: dict[str, dict[str, Any]] = {
+    name: options
+    for name, options in {
+        "ASGD": {"lr": 0.05, "t0": 2},
+        "Adadelta": {"lr": 1.0},
+        "Adafactor": {"lr": 0.01},
+        "Adagrad": {"lr": 0.1},
+        "Adam": {"lr": 0.01, "amsgrad": True},
+        "AdamW": {"lr": 0.01, "amsgrad": True},
+        "Adamax": {"lr": 0.01},
+        "LBFGS": {"lr": 0.5, "max_iter": 4, "line_search_fn": "strong_wolfe"},
+        "Muon": {"lr": 0.01},
+        "NAdam": {"lr": 0.01},
+        "RAdam": {"lr": 0.01},
+        "RMSprop": {"lr": 0.01, "centered": True, "momentum": 0.9},
+        "Rprop": {"lr": 0.01},
+        "SGD": {"lr": 0.1, "momentum": 0.9},
+        "SparseAdam": {"lr": 0.01},
+    }.items()
+    if hasattr(torch.optim, name)
+}
+
 # float64: twenty steps of rounding errors of 1e-16, amplified by the training itself.
 RTOL, ATOL = 1e-9, 1e-11
 
@@ -63,6 +90,33 @@ class Net(nn.Module):
         x = torch.tanh(self.first(x))
         x = torch.tanh(self.middle(x)) + self.frozen(x)
         return self.last(x)
+
+
+class Matrices(nn.Module):
+    """Two matrices alone, for Muon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Words(nn.Module):
+    """An embedding with sparse gradients alone, for SparseAdam."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 4, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.words((x * 3).long() % 11)
+
+
+def model_for(name: str) -> Callable[[], nn.Module]:
+    """Return what makes a model that an optimizer can train."""
+    return {"Muon": Matrices, "SparseAdam": Words}.get(name, Net)
 
 
 def seeded(make: Callable[[], nn.Module] = Net, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -20,7 +20,10 @@ def test_info_says_what_is_here(mpirun):
     for name in dpoptim.torch_optim.__all__:
         if isinstance(getattr(dpoptim, name), type):
             assert name in lines
-    assert lines["AdamW"] == "fused"
+    assert lines["SGD"] == "fused"
+    assert lines["AdamW"] == "fused, those below 512 elements together"
+    assert lines["RMSprop"] == "flat, those below 4096 elements together, large ones in parts"
+    assert lines["LBFGS"] == "for-loop"
 
 
 def test_check_finds_all_equal(mpirun):

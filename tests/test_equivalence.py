@@ -20,6 +20,7 @@ from oracle import (
 from torch import nn
 
 import dpoptim
+from dpoptim.utils.consistency import digest
 
 pytestmark = pytest.mark.parallel
 
@@ -422,4 +423,22 @@ def test_weights_are_not_reinitialised_and_seeds_untouched(world):
     assert torch.equal(before, torch.random.get_rng_state())
     for value, other in zip(model.parameters(), seeded(seed=3).parameters(), strict=True):
         assert torch.equal(value, other)
+    opt.detach()
+
+
+def test_a_rank_without_a_gradient_gets_it_in_the_layout_of_the_parameter(world):
+    """Or torch's fused step, which goes through memory in order, would apply it to other elements there."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(3, 4, 2, 2, generator=generator).to(memory_format=torch.channels_last)
+    parameters = [nn.Parameter(value.clone(memory_format=torch.preserve_format)), nn.Parameter(torch.zeros(2))]
+    opt = dpoptim.DataParallelOptimizer(torch.optim.AdamW(parameters, lr=0.1, fused=True))
+    for _ in range(2):
+        opt.zero_grad()
+        loss = parameters[1].sum()
+        if world.rank == 0:
+            loss = loss + (parameters[0] * torch.arange(48.0).view(3, 4, 2, 2)).sum()
+        loss.backward()
+        assert parameters[0].grad.stride() == parameters[0].stride()
+        opt.step()
+        assert len({digest(parameter) for parameter in world.allgather(parameters[0].detach())}) == 1
     opt.detach()

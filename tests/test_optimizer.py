@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import torch.optim.lr_scheduler as torch_schedulers
 from oracle import (
     Net,
     assert_replicas,
@@ -18,7 +17,6 @@ from oracle import (
     train,
 )
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import dpoptim
 
@@ -113,113 +111,6 @@ def test_grad_scaler_skips_the_step_on_all_ranks_after_an_overflow_on_one(world,
     for value, other in zip(model.parameters(), expected.parameters(), strict=True):
         # bfloat16 activations (2^-8) of batches that are cut differently, through five steps of 0.01
         torch.testing.assert_close(value, other, rtol=2**-7, atol=5 * 0.01)
-    opt.detach()
-
-
-SCHEDULERS = {
-    "LambdaLR": {"lr_lambda": lambda step: 0.95**step},
-    "MultiplicativeLR": {"lr_lambda": lambda step: 0.95},
-    "StepLR": {"step_size": 3},
-    "MultiStepLR": {"milestones": [2, 5]},
-    "ConstantLR": {"total_iters": 4},
-    "LinearLR": {"total_iters": 4},
-    "ExponentialLR": {"gamma": 0.9},
-    "PolynomialLR": {"total_iters": 6},
-    "CosineAnnealingLR": {"T_max": 6},
-    "CosineAnnealingWarmRestarts": {"T_0": 3},
-    "CyclicLR": {"base_lr": 0.001, "max_lr": 0.01, "step_size_up": 3, "cycle_momentum": False},
-    "OneCycleLR": {"max_lr": 0.01, "total_steps": 20},
-}
-
-
-def _both(make):
-    """Return the scheduler on a wrapper and on a plain optimizer, and the optimizers and models."""
-    model, expected = seeded(), seeded()
-    opt = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.parameters(), lr=0.01))
-    plain = torch.optim.AdamW(expected.parameters(), lr=0.01)
-    return (opt, make(dpoptim.lr_scheduler, opt), model), (plain, make(torch_schedulers, plain), expected)
-
-
-@pytest.mark.parametrize("name", [*SCHEDULERS, "ChainedScheduler", "SequentialLR", "ReduceLROnPlateau", "SWALR"])
-def test_every_scheduler_sets_the_same_rates_as_on_a_plain_optimizer(world, name):
-    def make(package, optimizer):
-        if name == "ChainedScheduler":
-            return package.ChainedScheduler([package.ConstantLR(optimizer), package.ExponentialLR(optimizer, 0.9)])
-        if name == "SequentialLR":
-            parts = [package.LinearLR(optimizer, total_iters=3), package.CosineAnnealingLR(optimizer, 7)]
-            return package.SequentialLR(optimizer, parts, milestones=[3])
-        if name == "ReduceLROnPlateau":
-            return package.ReduceLROnPlateau(optimizer, patience=1)
-        if name == "SWALR":
-            return torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=3)
-        return getattr(package, name)(optimizer, **SCHEDULERS[name])
-
-    (opt, scheduler, model), (plain, plain_scheduler, expected) = _both(make)
-    sizes = part_sizes(world.size, equal=True)
-    for step in range(10):
-        batch = joined_batch(step, sizes)
-        train(opt, model, local_part(batch, sizes, world.rank))
-        train(plain, expected, batch)
-        metric = 1.0 if step < 5 else 2.0
-        if name == "ReduceLROnPlateau":
-            scheduler.step(metric + world.rank)  # each rank its own; the mean decides
-            plain_scheduler.step(metric)
-        else:
-            scheduler.step()
-            plain_scheduler.step()
-        if step == 4:
-            saved = copy.deepcopy((opt.state_dict(), scheduler.state_dict()))
-            opt.load_state_dict(saved[0])
-            scheduler.load_state_dict(saved[1])
-        assert opt.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
-        assert scheduler.get_last_lr() == plain_scheduler.get_last_lr()
-        assert_same_parameters(model, expected, step)
-    opt.detach()
-
-
-def test_hooks_receive_the_wrapper_and_run_once_after_the_reduction(world):
-    model = seeded()
-    inner = dpoptim.SGD(model.parameters(), lr=0.1)
-    calls = []
-
-    def note(what):
-        def hook(optimizer, *_):
-            calls.append((what, optimizer))
-
-        return hook
-
-    inner.register_step_pre_hook(note("pre, registered on the inner optimizer"))
-    opt = dpoptim.DataParallelOptimizer(inner)
-    handles = [
-        opt.register_step_pre_hook(note("pre")),
-        opt.register_step_post_hook(note("post")),
-        opt.register_state_dict_pre_hook(note("state_dict pre")),
-        opt.register_state_dict_pre_hook(note("state_dict pre first"), prepend=True),
-        opt.register_state_dict_post_hook(note("state_dict post")),
-        opt.register_load_state_dict_pre_hook(note("load pre")),
-        opt.register_load_state_dict_post_hook(note("load post")),
-        register_optimizer_step_pre_hook(note("global pre")),
-        register_optimizer_step_post_hook(note("global post")),
-    ]
-    train(opt, model, _part(world))
-    opt.load_state_dict(opt.state_dict())
-    for handle in handles:
-        handle.remove()
-    train(opt, model, _part(world))
-    assert [what for what, _ in calls] == [
-        "global pre",
-        "pre, registered on the inner optimizer",
-        "pre",
-        "post",
-        "global post",
-        "state_dict pre first",
-        "state_dict pre",
-        "state_dict post",
-        "load pre",
-        "load post",
-        "pre, registered on the inner optimizer",
-    ]
-    assert all(optimizer is opt for _, optimizer in calls)
     opt.detach()
 
 

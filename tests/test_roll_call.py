@@ -192,3 +192,21 @@ for step in range(9):
     )
     assert done.returncode != 0
     assert "rank 1 left the program while others go on" in done.stderr, done.stderr
+
+
+def test_a_closure_that_one_rank_alone_forgets_is_an_error_and_no_wait(mpirun):
+    program = """
+import torch, dpoptim
+model = torch.nn.Linear(2, 2)
+opt = dpoptim.DataParallelOptimizer(dpoptim.LBFGS(model.parameters()))
+def closure():
+    opt.zero_grad()
+    loss = model(torch.ones(1, 2)).sum()
+    loss.backward()
+    return loss
+opt.step(None if opt.communicator.rank == 1 else closure)
+"""
+    done = mpirun(2, "-c", program)
+    assert done.returncode != 0
+    assert "LBFGS.step() missing 1 required positional argument: 'closure'" in done.stderr
+    assert "rank 1 left the program" in done.stderr

@@ -6,8 +6,7 @@ import warnings
 import pytest
 import torch
 from mpi4py import MPI
-from oracle import Net, assert_replicas, assert_same_parameters, joined_batch, local_part, part_sizes, seeded
-from torch import nn
+from oracle import assert_replicas, assert_same_parameters, joined_batch, local_part, model_for, part_sizes, seeded
 
 import dpoptim
 
@@ -15,33 +14,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's test helpers use what torch deprecates
     from torch.testing._internal.common_optimizers import optim_db
 
-pytestmark = pytest.mark.parallel
-if MPI.COMM_WORLD.size != 3:
-    pytest.skip("some 170 configurations, on three ranks only", allow_module_level=True)
+pytestmark = [
+    pytest.mark.parallel,
+    pytest.mark.skipif(MPI.COMM_WORLD.size != 3, reason="some 170 configurations, on three ranks only"),
+]
 
 NUM_STEPS = 10
-
-
-class Matrices(nn.Module):
-    """Two matrices alone, for Muon."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class Words(nn.Module):
-    """An embedding with sparse gradients alone, for SparseAdam."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(11, 4, sparse=True)
-
-    def forward(self, x):
-        return self.words((x * 3).long() % 11)
 
 
 def _cases():
@@ -59,14 +37,33 @@ def _cases():
                     options["fused"] = True
                 elif "foreach" in info.supported_impls:
                     options["foreach"] = False
-                yield pytest.param(name, options, id=f"{name}-{given.desc}-{implementation}".replace(" ", "_"))
+                marks = [pytest.mark.supports(row, replicated="{name}") for row in _rows(options)]
+                case = f"{name}-{given.desc}-{implementation}".replace(" ", "_")
+                yield pytest.param(name, implementation, options, id=case, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "options"), list(_cases()))
-def test_configurations(world, name, options):
-    make = {"Muon": Matrices, "SparseAdam": Words}.get(name, Net)
+def _rows(options):
+    """Return which rows of the table of what is supported a configuration belongs to."""
+    for option in (
+        "maximize",
+        "differentiable",
+        "capturable",
+        "amsgrad",
+        "nesterov",
+        "centered",
+        "decoupled_weight_decay",
+    ):
+        if options.get(option):
+            yield option
+    if isinstance(options.get("lr"), torch.Tensor):
+        yield "lr as a Tensor"
+
+
+@pytest.mark.parametrize(("name", "implementation", "options"), list(_cases()))
+@pytest.mark.supports("{name}", replicated="yes", implementations="{implementation}")
+def test_configurations(world, name, implementation, options):
     sizes = part_sizes(world.size, equal=False)
-    model, expected = seeded(make), seeded(make)
+    model, expected = seeded(model_for(name)), seeded(model_for(name))
     inner = getattr(dpoptim, name)(model.parameters(), **copy.deepcopy(options))
     opt = dpoptim.DataParallelOptimizer(inner)
     plain = getattr(torch.optim, name)(expected.parameters(), **copy.deepcopy(options))

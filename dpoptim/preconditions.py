@@ -1,0 +1,180 @@
+"""What an optimizer refuses, said before anything is changed and with the names of parameters. Nothing collective."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpoptim.errors import raised_on_all_ranks
+
+__all__ = ["check_closure", "check_loadable", "check_one_group", "naming_gradients"]
+
+# What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
+_STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    name: (frozenset(always.split()), frozenset(sometimes.split()))
+    for name, always, sometimes in (
+        ("ASGD", "step eta mu ax", ""),
+        ("Adadelta", "step square_avg acc_delta", ""),
+        ("Adafactor", "step", "row_var col_var variance"),
+        ("Adagrad", "step sum", ""),
+        ("Adam", "step exp_avg exp_avg_sq", "max_exp_avg_sq"),
+        ("AdamW", "step exp_avg exp_avg_sq", "max_exp_avg_sq"),
+        ("Adamax", "step exp_avg exp_inf", ""),
+        ("Muon", "momentum_buffer", ""),
+        ("NAdam", "step exp_avg exp_avg_sq mu_product", ""),
+        ("RAdam", "step exp_avg exp_avg_sq", ""),
+        ("RMSprop", "step square_avg", "momentum_buffer grad_avg"),
+        ("Rprop", "step prev step_size", ""),
+        ("SGD", "", "momentum_buffer"),
+        ("SparseAdam", "step exp_avg exp_avg_sq", ""),
+    )
+}
+_NUMBERS = {"step", "eta", "mu", "mu_product"}
+# Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
+_ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+_NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
+
+
+def check_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ``ValueError`` that says what differs unless a state dict is one of such an optimizer. Local.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        The one that is to load it; not changed.
+    state_dict : mapping
+        In torch's form: ``state`` and ``param_groups``.
+    names : sequence of str
+        A name for each parameter of the optimizer.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"the state dict of an optimizer must have '{key}', got only {sorted(map(str, state_dict))}"
+            )
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"the state dict must have {len(groups)} parameter groups, as the optimizer has, got {len(saved_groups)}"
+        )
+    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"parameter group {number} must have {len(group['params'])} parameters in the state dict, as in the "
+                f"optimizer, got {len(saved['params'])}"
+            )
+    torch_class = _torch_class(optimizer)
+    if torch_class is None:
+        return  # nobody else's state is known here
+    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_hyper_parameters(torch_class, number, group, saved)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    places = [place for saved in saved_groups for place in saved["params"]]
+    for parameter, place, name in zip(parameters, places, names, strict=True):
+        entry = state_dict["state"].get(place)
+        if entry:
+            _check_state(torch_class, parameter, name, entry)
+
+
+def _check_hyper_parameters(
+    torch_class: type[Optimizer], number: int, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    own = _hyper_parameters(torch_class)
+    lacking = sorted((own & group.keys()) - saved.keys() - _ADDED_LATER)
+    foreign = sorted((saved.keys() & _all_hyper_parameters()) - own - group.keys())
+    if lacking or foreign:
+        what = [f"has no {', '.join(lacking)}"] * bool(lacking) + [f"has {', '.join(foreign)}"] * bool(foreign)
+        raise ValueError(
+            f"the state dict must be one of {torch_class.__name__}, got one of another optimizer: its parameter group "
+            f"{number} {' and '.join(what)}"
+        )
+
+
+def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, entry: Mapping[str, Any]) -> None:
+    kind = torch_class.__name__
+    if kind not in _STATE_KEYS:
+        return  # LBFGS keeps a history in vectors of all parameters
+    always, sometimes = _STATE_KEYS[kind]
+    if not always <= entry.keys() <= always | sometimes:
+        expected = ", ".join(sorted(always)) or "nothing"
+        optional = f" (or also {', '.join(sorted(sometimes))})" if sometimes else ""
+        raise ValueError(
+            f"the state of parameter '{name}' must hold {expected}{optional}, as that of {kind}, got "
+            f"{', '.join(map(str, entry))}: the state dict is one of another optimizer"
+        )
+    for key, value in entry.items():
+        expected_shape = _state_shape(key, parameter)
+        if isinstance(value, Tensor) and value.shape != expected_shape:
+            raise ValueError(
+                f"'{key}' of parameter '{name}' must have shape {tuple(expected_shape)} in the state dict, got "
+                f"{tuple(value.shape)}: the parameter itself has shape {tuple(parameter.shape)}"
+            )
+
+
+def _state_shape(key: str, parameter: Tensor) -> torch.Size:
+    if key in _NUMBERS:
+        return torch.Size([])
+    shape = list(parameter.shape)
+    if key == "row_var":
+        shape[-1] = 1
+    elif key == "col_var":
+        shape[-2] = 1
+    return torch.Size(shape)
+
+
+def _torch_class(optimizer: Optimizer) -> type[Optimizer] | None:
+    """Return the class of ``torch.optim`` that an optimizer is of, if it is of one."""
+    known: list[type[Optimizer]] = [getattr(torch.optim, name) for name in _STATE_KEYS if hasattr(torch.optim, name)]
+    return next((kind for kind in type(optimizer).__mro__ if kind in (*known, torch.optim.LBFGS)), None)
+
+
+def _hyper_parameters(torch_class: type[Optimizer]) -> set[str]:
+    return set(inspect.signature(torch_class.__init__).parameters) - _NO_HYPER_PARAMETERS
+
+
+def _all_hyper_parameters() -> set[str]:
+    return set[str]().union(
+        *(_hyper_parameters(getattr(torch.optim, name)) for name in _STATE_KEYS if hasattr(torch.optim, name))
+    )
+
+
+@contextlib.contextmanager
+def naming_gradients(optimizer: Optimizer, names: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Let an optimizer that refuses sparse, or dense, gradients within say which parameter has one.
+
+    Gradients are of one kind on all ranks when they have been reduced, so all raise the error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        refused = re.search(r"does not support (sparse|dense) gradients", str(error))
+        if refused is None:
+            raise
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        named = [
+            f"'{name}'"
+            for name, parameter in zip(names(), parameters, strict=True)
+            if parameter.grad is not None and parameter.grad.is_sparse == (refused[1] == "sparse")
+        ]
+        message = f"the gradient of parameter {', '.join(named)} is {refused[1]}: {error}"
+        raise raised_on_all_ranks(RuntimeError(message)) from error
+
+
+def check_closure(optimizer: Optimizer, closure: object) -> None:
+    """Raise ``TypeError`` if the optimizer steps with a closure only, as LBFGS, and there is none. Local."""
+    if closure is None:
+        parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if parameter is not None and parameter.default is inspect.Parameter.empty:
+            message = f"{type(optimizer).__name__}.step() missing 1 required positional argument: 'closure'"
+            raise raised_on_all_ranks(TypeError(message))
+
+
+def check_one_group(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` if an optimizer that can't have several parameter groups is to get another one. Local."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
