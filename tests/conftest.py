@@ -5,9 +5,12 @@
 that fails on one rank fails on all, so that they stay in step, and rank 0 shows every rank's traceback.
 """
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -18,6 +21,11 @@ import support
 import torch
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
+if UNDER_MPIRUN:
+    # Ranks that clear old temporary directories in one place stumble over each other, and one that dies of it ends all.
+    _own_root = tempfile.mkdtemp(prefix="dpoptim-tests-")
+    atexit.register(shutil.rmtree, _own_root, ignore_errors=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = _own_root
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter
