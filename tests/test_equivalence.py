@@ -220,6 +220,7 @@ def test_late_unfrozen_and_late_frozen_parameters(world, overlap):
     opt.detach()
 
 
+@pytest.mark.supports("two optimizers on one model", replicated="Adafactor and AdamW")
 def test_two_optimizers_on_one_model(world):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(), seeded()

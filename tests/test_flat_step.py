@@ -403,10 +403,15 @@ def test_what_is_chosen():
     assert implementation(dpoptim.RMSprop(parameters, foreach=True)) == "foreach"
     assert implementation(dpoptim.RMSprop(parameters, differentiable=True)) == "for-loop"
     assert implementation(torch.optim.RMSprop(parameters)) == "for-loop"
-    assert implementation(dpoptim.SGD([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])) == "foreach"
     assert implementation(dpoptim.Adafactor([nn.Parameter(torch.zeros(16384))])) == "for-loop"
     assert implementation(dpoptim.RMSprop([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])) == "foreach"
     assert implementation(type("Mine", (dpoptim.NAdam,), {})(parameters)) == "flat"
+
+
+@pytest.mark.supports("SGD", limits="16 bits on CPU are stepped by foreach (pytorch#191763)")
+def test_sixteen_bits_of_sgd_are_not_fused():
+    for dtype in (torch.bfloat16, torch.float16):
+        assert implementation(dpoptim.SGD([nn.Parameter(torch.zeros(3, dtype=dtype))])) == "foreach"
 
 
 # ---------------------------------------------------------------- compiled

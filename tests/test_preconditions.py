@@ -206,6 +206,7 @@ REFUSING = ["Adadelta", "Adafactor", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSING if name in dpoptim.__all__])
+@pytest.mark.supports("{name}", limits="refuses sparse gradients")
 def test_a_sparse_gradient_is_refused_by_name(world, name):
     model = seeded(Mixed if name != "Muon" else Words)
     opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(model.named_parameters(), lr=0.01))
@@ -219,6 +220,7 @@ def test_a_sparse_gradient_is_refused_by_name(world, name):
     opt.detach()
 
 
+@pytest.mark.supports("SparseAdam", limits="refuses dense gradients")
 def test_a_dense_gradient_is_refused_by_sparse_adam_by_name(world):
     model = seeded(Mixed)
     opt = dpoptim.DataParallelOptimizer(dpoptim.SparseAdam(list(model.named_parameters()), lr=0.01))
@@ -229,6 +231,8 @@ def test_a_dense_gradient_is_refused_by_sparse_adam_by_name(world):
 
 
 @pytest.mark.parametrize("package", [torch.optim, dpoptim], ids=["torch", "dpoptim"])
+@pytest.mark.supports("LBFGS", limits="one parameter group")
+@pytest.mark.supports("LBFGS", limits="a closure is needed")
 def test_lbfgs_without_a_closure_and_with_two_groups(world, package):
     model = seeded()
     opt = dpoptim.DataParallelOptimizer(package.LBFGS(model.parameters(), lr=0.5))

@@ -90,6 +90,7 @@ def test_names_are_those_of_torch():
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
+@pytest.mark.supports("update_bn", replicated="yes")
 def test_equal_batches_give_what_torch_gives_in_one_process(any_comm, make):
     """Equal batches, but another number of them on every rank."""
     model, expected = seeded(make), seeded(make)
@@ -377,16 +378,18 @@ def test_a_rank_that_is_elsewhere_is_an_error_and_no_wait(mpirun, body, expected
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(
-    "options",
+    ("options", "row"),
     [
-        {},
-        {"multi_avg_fn": get_swa_multi_avg_fn()},
-        {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
-        {"avg_fn": get_ema_avg_fn(0.8)},
+        ({}, "AveragedModel: SWA"),
+        ({"multi_avg_fn": get_swa_multi_avg_fn()}, "AveragedModel: multi_avg_fn"),
+        ({"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, "get_ema_multi_avg_fn"),
+        ({"avg_fn": get_ema_avg_fn(0.8)}, "AveragedModel: avg_fn"),
+        ({"avg_fn": get_ema_avg_fn(0.9)}, "AveragedModel: EMA"),
     ],
-    ids=["swa", "swa foreach", "ema foreach", "ema"],
+    ids=["swa", "swa foreach", "ema foreach", "avg_fn", "ema"],
 )
-def test_averages_are_equal_on_all_ranks_and_to_one_process(world, options):
+@pytest.mark.supports("{row}", replicated="yes")
+def test_averages_are_equal_on_all_ranks_and_to_one_process(world, options, row):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(seed=0), seeded(seed=0)
     opt = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.parameters(), lr=0.01))

@@ -98,8 +98,7 @@ def test_dtypes_bit_for_bit(world, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *COMPLEX], ids=str)
-@pytest.mark.supports("LBFGS", replicated="yes", dtypes="{dtype}", limits="one parameter group")
-@pytest.mark.supports("LBFGS", limits="a closure is needed")
+@pytest.mark.supports("LBFGS", replicated="yes", dtypes="{dtype}")
 def test_dtypes_of_lbfgs(world, dtype):
     """To rounding: the mean over ranks of a loss and gradient of squares is rounded otherwise than in one process."""
     ours, theirs = _parameters(dtype), _parameters(dtype)
