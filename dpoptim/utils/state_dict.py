@@ -172,7 +172,7 @@ def from_named(form: Form) -> dict[str, Any]:
         numel = math.prod(form["shapes"][name])
         if (start, stop) != (0, numel):
             raise ValueError(
-                f"the form must hold all of every parameter, got elements {start} to {stop} of the {numel} of '{name}': "
+                f"the form must hold all of every parameter, got elements {start} to {stop} of {numel} of '{name}': "
                 "unshard() the forms of all ranks first"
             )
     names = [name for group in form["param_groups"] for name in group["params"]]

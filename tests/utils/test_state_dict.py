@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import OPTIMIZERS, Net, joined_batch, seeded, train
 from torch import Tensor
 
 from dpoptim.utils import state_dict as sd
-from oracle import OPTIMIZERS, Net, joined_batch, seeded, train
 
 PARTITIONS = {"element": sd.slices_by_element, "parameter": sd.slices_by_parameter}
 
