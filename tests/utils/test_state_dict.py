@@ -19,9 +19,10 @@ def assert_same(a, b, path=""):
     assert type(a) is type(b), f"{path}: {type(a)} and {type(b)}"
     if isinstance(a, Tensor):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), path
+        a, b = (t.resolve_conj().reshape(-1) for t in (a, b))
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), path
     elif isinstance(a, dict):
-        assert list(a) == list(b), path
+        assert a.keys() == b.keys(), path
         for key in a:
             assert_same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, (list, tuple)):

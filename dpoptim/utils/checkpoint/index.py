@@ -210,6 +210,7 @@ def _check_optimizer(name: str, part: dict[str, Any], tensors: dict[str, StoredT
     groups, shapes, state, sliced = (part.get(key) for key in ("param_groups", "shapes", "state", "sliced"))
     _expect(part.get("class") is None or isinstance(part["class"], str), f"has no class of '{name}'")
     _expect(isinstance(part.get("others"), dict), f"has no others of '{name}'")
+    _expect(isinstance(part.get("dtypes"), dict), f"has no dtypes of '{name}'")
     is_grouped = isinstance(groups, list) and all(isinstance(g, dict) and _is_names(g.get("params")) for g in groups)
     _expect(is_grouped and isinstance(shapes, dict), f"has no groups of '{name}'")
     parameters = [parameter for group in groups or [] for parameter in group["params"]]

@@ -151,6 +151,7 @@ def collect_optimizer(part: str, optimizer: Optimizer, module: nn.Module | None)
         "param_groups": encode(groups, f"{part}.param_groups", whole),
         "others": encode(others, f"{part}.others", whole),
         "shapes": {name: list(form["shapes"][name]) for name in names},
+        "dtypes": {n: _dtype_name(p) for n, p in zip(names, _parameters(optimizer), strict=True)},
     }
     result = OptimizerState(about, {}, {}, {}, {}, whole)
     for name, entry in form["state"].items():
@@ -159,7 +160,7 @@ def collect_optimizer(part: str, optimizer: Optimizer, module: nn.Module | None)
         for key, value in entry.items():
             if is_slice(form, name, key):
                 result.slices[name, key] = value.detach()
-                result.sliced[name][key] = str(value.dtype).removeprefix("torch.")
+                result.sliced[name][key] = _dtype_name(value)
                 result.state[name][key] = {"$tensor": f"{part}.{name}.{key}"}
             else:
                 result.state[name][key] = encode(value, f"{part}.{name}.{key}", whole)
@@ -173,8 +174,8 @@ def optimizer_misfit(
     if stored["class"] not in (None, _class_name(optimizer)):
         return f"{part} is a {stored['class']} in the checkpoint but a {_class_name(optimizer)} in the program"
     names = _names(optimizer, module)
-    own = {name: tuple(p.shape) for name, p in zip(names, _parameters(optimizer), strict=True)}
-    theirs = {name: tuple(shape) for name, shape in stored["shapes"].items()}
+    own = {name: (tuple(p.shape), _dtype_name(p)) for name, p in zip(names, _parameters(optimizer), strict=True)}
+    theirs = {name: (tuple(shape), stored["dtypes"].get(name)) for name, shape in stored["shapes"].items()}
     groups = [group["params"] for group in stored["param_groups"]]
     own_groups = _divided(names, optimizer)
     counts, own_counts = [len(group) for group in groups], [len(group) for group in own_groups]
@@ -187,12 +188,12 @@ def optimizer_misfit(
         strangers = {to_own[name] for name in group} - set(own_group)
         if strangers:
             return f"{part}: parameter '{min(strangers)}' is in group {number} in the checkpoint but not in the program"
-    for name, shape in theirs.items():
-        if own[to_own[name]] != shape:
-            return (
-                f"{part}: parameter '{to_own[name]}' has shape {shape} in the checkpoint but {own[to_own[name]]} in "
-                "the program"
-            )
+    for name, facts in theirs.items():
+        for what, there, here in zip(("shape", "dtype"), facts, own[to_own[name]], strict=True):
+            if there not in (None, here):
+                return (
+                    f"{part}: parameter '{to_own[name]}' has {what} {there} in the checkpoint but {here} in the program"
+                )
     return None
 
 
@@ -256,6 +257,23 @@ def _load_local_form(optimizer: Any, names: Sequence[str], form: Form) -> None:
         if "param_names" in own:
             group["param_names"] = own["param_names"]
     optimizer.load_state_dict(from_named(form))
+    for name, parameter in zip(names, _parameters(optimizer), strict=True):
+        _undo_casts(optimizer.state.get(parameter, {}), form["state"].get(name, {}))
+
+
+def _undo_casts(state: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Put back what torch has converted to the parameter's dtype, such as the float32 scalars of ASGD and NAdam.
+
+    Except ``step``, which some implementations want otherwise than others.
+    """
+    for key, value in saved.items():
+        there = state.get(key)
+        if key != "step" and isinstance(value, Tensor) and isinstance(there, Tensor) and there.dtype != value.dtype:
+            state[key] = value.view(there.shape).to(there.device)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _own_names(optimizer: Any) -> list[str]:

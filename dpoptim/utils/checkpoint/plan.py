@@ -33,13 +33,14 @@ def holdings(held: Sequence[Mapping[str, tuple[int, int]]]) -> Holding:
                 by_name.setdefault(name, []).append((start, stop, rank))
     found: Holding = {}
     for name, intervals_of_ranks in by_name.items():
-        cuts = sorted({cut for start, stop, _ in intervals_of_ranks for cut in (start, stop)})
-        if len(intervals_of_ranks) == len(cuts) - 1 and len(cuts) > 2:  # nothing overlaps: one rank each
-            for start, stop, rank in sorted(intervals_of_ranks):
+        intervals_of_ranks.sort()
+        if all(one[1] <= other[0] for one, other in pairwise(intervals_of_ranks)):  # one rank each
+            for start, stop, rank in intervals_of_ranks:
                 found.setdefault((rank,), []).append((name, start, stop))
             continue
+        cuts = sorted({cut for start, stop, _ in intervals_of_ranks for cut in (start, stop)})
         for start, stop in pairwise(cuts):
-            ranks = tuple(rank for a, b, rank in intervals_of_ranks if a <= start and stop <= b)
+            ranks = tuple(sorted(rank for a, b, rank in intervals_of_ranks if a <= start and stop <= b))
             if ranks:
                 found.setdefault(ranks, []).append((name, start, stop))
     return found

@@ -54,8 +54,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     raise TypeError(
-        f"'{path}' is of type {type(value).__name__}, which a checkpoint can't hold: give numbers, strings, lists, dicts, "
-        "tensors, or an object with state_dict()"
+        f"'{path}' is of type {type(value).__name__}, which a checkpoint can't hold: give numbers, strings, lists, "
+        "dicts, tensors, or an object with state_dict()"
     )
 
 
