@@ -1,5 +1,6 @@
 """What the tests of checkpoints share."""
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import dpoptim
 
-__all__ = ["MODES", "SIZES", "Run", "sub_communicators"]
+__all__ = ["MODES", "SIZES", "Run", "agreed", "sub_communicators"]
 
 # Samples of each rank; the same joined batch of twelve whatever the number of ranks.
 SIZES = {1: [12], 2: [5, 7], 3: [4, 1, 7], 4: [3, 2, 6, 1]}
@@ -33,12 +34,38 @@ def sub_communicators(world):
     return _known[world.size]
 
 
+@contextlib.contextmanager
+def agreed(world):
+    """Let assertions that fail on one rank fail on all; collective."""
+    error = None
+    try:
+        yield
+    except BaseException as caught:  # raised again below
+        error = caught
+    failed = world.allgather(error is not None)
+    if error is not None:
+        raise error
+    assert not any(failed), f"failed on rank {failed.index(True)}"
+
+
+class Own(nn.Module):
+    """Remembers the data of this rank, which differs from the others', and passes it on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(5))
+
+    def forward(self, x):
+        self.seen = 0.9 * self.seen + x.detach().mean(0)
+        return x
+
+
 class Run:
     """A model in training on some ranks, with a scheduler and an average of the weights."""
 
     def __init__(self, comm, name, options, seed=0, mode="replicated", **more):
         self.comm = comm
-        self.model = seeded(lambda: nn.Sequential(Net(), nn.BatchNorm1d(5)), seed)
+        self.model = seeded(lambda: nn.Sequential(Own(), Net()), seed)
         groups = self._groups(name)
         inner = getattr(dpoptim, name)(groups, **options)
         self.opt = dpoptim.DataParallelOptimizer(inner, comm, module=self.model, **MODES[mode], **more)
@@ -56,7 +83,6 @@ class Run:
         for _ in range(num_steps):
             sizes = SIZES[self.comm.size]
             batch = local_part(joined_batch(self.step, [12]), sizes, self.comm.rank)
-            batch = torch.cat([batch, batch])  # BatchNorm wants more than one sample
             self.opt.batch_weight = len(batch)
             train(self.opt, self.model, batch)
             self.scheduler.step()
