@@ -115,7 +115,10 @@ def _find(path: Path, missing_ok: bool) -> tuple[Path, str] | None:
         directory = find(path).resolve()
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    return directory, read_text(directory / INDEX)
+    try:
+        return directory, read_text(directory / INDEX)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{offer(directory)}") from error
 
 
 def _load(directory: Path, text: str, parts: Mapping[str, Any], ranks: Ranks, rng: bool) -> dict[str, Any]:

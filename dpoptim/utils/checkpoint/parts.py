@@ -172,7 +172,7 @@ def optimizer_misfit(
 ) -> str | None:
     """Say why an optimizer can't take the state in a checkpoint, if it can't."""
     if stored["class"] not in (None, _class_name(optimizer)):
-        return f"{part} is a {stored['class']} in the checkpoint but a {_class_name(optimizer)} in the program"
+        return f"{part} is of class {stored['class']} in the checkpoint but of {_class_name(optimizer)} in the program"
     names = _names(optimizer, module)
     own = {name: (tuple(p.shape), _dtype_name(p)) for name, p in zip(names, _parameters(optimizer), strict=True)}
     theirs = {name: (tuple(shape), stored["dtypes"].get(name)) for name, shape in stored["shapes"].items()}
