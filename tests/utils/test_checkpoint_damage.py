@@ -152,7 +152,7 @@ def test_what_does_not_fit_the_program_changes_nothing(world, path):
     fails("does not fit the program: model: 'first.weight' has dtype torch.float64", model=_net()[0].float())
     fails("does not fit .*: the checkpoint has no '0.bias'", model=nn.Sequential(nn.Linear(2, 2)))
     fails("does not fit .*: the program has no 'frozen.bias', which", model=nn.ModuleDict({"first": nn.Linear(5, 5)}))
-    fails("has no part 'ema', it has model, optimizer, step", ema=model)
+    fails("has no part 'ema', it has model, step, optimizer", ema=model)
     fails("has 'optimizer' as optimizer, the program as module", optimizer=model)
     fails(
         "does not fit .*: optimizer is of class Adam in the checkpoint but of SGD",

@@ -17,6 +17,7 @@ from dpoptim.utils.checkpoint.index import DTYPES, Index
 from dpoptim.utils.checkpoint.parts import (
     ModuleState,
     OptimizerState,
+    collect_form,
     collect_module,
     collect_object,
     collect_optimizer,
@@ -26,9 +27,10 @@ from dpoptim.utils.checkpoint.plan import Holding, Intervals, divide_held, divid
 from dpoptim.utils.checkpoint.ranks import Ranks, attempt, together
 from dpoptim.utils.checkpoint.rng import get_rng
 from dpoptim.utils.checkpoint.tree import encode, tensor_names
+from dpoptim.utils.state_dict import Form
 from dpoptim.version import __version__
 
-__all__ = ["Contents", "gather"]
+__all__ = ["Contents", "gather", "gather_converted"]
 
 
 @dataclass
@@ -83,16 +85,44 @@ def gather(ranks: Ranks, path: Path, parts: Mapping[str, Any]) -> Contents:
     if ranks.rank != 0:
         return Contents(sources, None)
     index = Index(
-        about={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "world_size": ranks.world_size,
-            "dpoptim": __version__,
-            "torch": str(torch.__version__),
-        },
+        about=_about(ranks.world_size),
         parts={**local.trees, **{name: plan.described() for name, plan in plans.items()}},
         ranks=[{"rng": other[4], "buffers": buffers[rank]} for rank, other in enumerate(everybody)],
     )
     return Contents(sources, index)
+
+
+def gather_converted(
+    modules: Mapping[str, Mapping[str, Any]], optimizers: Mapping[str, Form], values: Mapping[str, Any]
+) -> Contents:
+    """Return a checkpoint of one process, of what another format held; local."""
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    sources: list[Source] = []
+    for name, state in modules.items():
+        own = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
+        others = {key: encode(value, f"{name}.{key}", tensors) for key, value in state.items() if key not in own}
+        parts[name] = {"kind": "module", "names": list(own), "others": others}
+        sources += [_whole(f"{name}.{key}", value) for key, value in own.items()]
+    for name, form in optimizers.items():
+        plan = _OptimizerPlan(name, collect_form(name, form, None, {}), None, 1)
+        plan.divide([0], alone=True)
+        plan.add_sources(sources, 0)
+        parts[name] = plan.described()
+    for name, value in values.items():
+        parts[name] = {"kind": "value", "tree": encode(value, name, tensors)}
+    sources += [_whole(name, tensor) for name, tensor in tensors.items()]
+    _check(sources)
+    return Contents(sources, Index(about=_about(1), parts=parts))
+
+
+def _about(world_size: int) -> dict[str, Any]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "world_size": world_size,
+        "dpoptim": __version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def _collect(ranks: Ranks, parts: Mapping[str, Any]) -> _Local:

@@ -129,7 +129,7 @@ def _load(directory: Path, text: str, parts: Mapping[str, Any], ranks: Ranks, rn
         stored = index.parts.get(name)
         if stored is None:
             raise CheckpointError(f"{where} has no part '{name}', it has {', '.join(index.parts) or 'none'}")
-        if stored["kind"] != kind_of(part):
+        if stored["kind"] != kind_of(part) and (stored["kind"], kind_of(part)) != ("value", "object"):
             raise CheckpointError(f"{where} has '{name}' as {stored['kind']}, the program as {kind_of(part)}")
         misfit = None
         if stored["kind"] == "module":
@@ -143,7 +143,7 @@ def _load(directory: Path, text: str, parts: Mapping[str, Any], ranks: Ranks, rn
         for name, part in parts.items():
             stored = index.parts[name]
             if stored["kind"] == "module":
-                buffers = index.ranks[ranks.rank]["buffers"].get(name, []) if is_same else []
+                buffers = index.ranks[ranks.rank]["buffers"].get(name, []) if is_same and index.ranks else []
                 own = {buffer: f"rank-{ranks.rank}.{name}.{buffer}" for buffer in buffers}
                 load_module(name, part, reader, stored["others"], own)
             elif stored["kind"] == "optimizer":

@@ -22,6 +22,7 @@ from dpoptim.utils.state_dict import Form, Slices, from_named, full_slices, is_s
 __all__ = [
     "ModuleState",
     "OptimizerState",
+    "collect_form",
     "collect_module",
     "collect_object",
     "collect_optimizer",
@@ -142,16 +143,22 @@ class OptimizerState:
 def collect_optimizer(part: str, optimizer: Optimizer, module: nn.Module | None) -> OptimizerState:
     """Collect what this rank holds, under the names that a checkpoint uses."""
     names = _names(optimizer, module)
-    form = _local_form(optimizer, names)
+    dtypes = {name: _dtype_name(p) for name, p in zip(names, _parameters(optimizer), strict=True)}
+    return collect_form(part, _local_form(optimizer, names), _class_name(optimizer), dtypes)
+
+
+def collect_form(part: str, form: Form, class_name: str | None, dtypes: Mapping[str, str]) -> OptimizerState:
+    """Collect a form; class and dtypes of the parameters are None and empty where they are not known."""
+    names = [name for group in form["param_groups"] for name in group["params"]]
     whole: dict[str, Tensor] = {}
     groups = [{key: value for key, value in group.items() if key != "param_names"} for group in form["param_groups"]]
     others = {k: v for k, v in form.items() if k not in ("param_groups", "slices", "shapes", "state", "whole")}
     about = {
-        "class": _class_name(optimizer),
+        "class": class_name,
         "param_groups": encode(groups, f"{part}.param_groups", whole),
         "others": encode(others, f"{part}.others", whole),
         "shapes": {name: list(form["shapes"][name]) for name in names},
-        "dtypes": {n: _dtype_name(p) for n, p in zip(names, _parameters(optimizer), strict=True)},
+        "dtypes": dict(dtypes),
     }
     result = OptimizerState(about, {}, {}, {}, {}, whole)
     for name, entry in form["state"].items():

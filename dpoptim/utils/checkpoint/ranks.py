@@ -7,7 +7,7 @@ from dpoptim.errors import raised_on_all_ranks
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.checkpoint.error import CheckpointError
 
-__all__ = ["Ranks", "attempt", "meet", "together"]
+__all__ = ["ONE_PROCESS", "Ranks", "attempt", "meet", "together"]
 
 _T = TypeVar("_T")
 
@@ -38,7 +38,7 @@ class _OneProcess:
         return item
 
 
-_ONE_PROCESS = _OneProcess()
+ONE_PROCESS = _OneProcess()
 
 
 def meet(comm: Any, parts: Iterable[Any], purpose: str) -> Ranks:
@@ -56,7 +56,7 @@ def meet(comm: Any, parts: Iterable[Any], purpose: str) -> Ranks:
         except (ImportError, RuntimeError):
             if comm is not None or _has_mpi():
                 raise
-            return _ONE_PROCESS
+            return ONE_PROCESS
     roll_call.answer(purpose, 1.0)
     return roll_call.communicator
 

@@ -25,9 +25,9 @@ from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.files import Source, shard_entries, write_shard
 from dpoptim.utils.checkpoint.gathering import Contents, gather
 from dpoptim.utils.checkpoint.index import Index, StoredTensor, dump_index
-from dpoptim.utils.checkpoint.ranks import Ranks, attempt, meet, together
+from dpoptim.utils.checkpoint.ranks import ONE_PROCESS, Ranks, attempt, meet, together
 
-__all__ = ["save", "wait", "wait_for"]
+__all__ = ["save", "save_contents", "wait", "wait_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,13 @@ def save(
     together(ranks, error)
     _under_way[id(ranks)] = saving
     saving.begin()
+
+
+def save_contents(path: Path, contents: Contents) -> None:
+    """Save what was converted as the next checkpoint in ``path``; local."""
+    saving = _Saving(ONE_PROCESS, start(path), contents, None)
+    saving.write()
+    saving.finish()
 
 
 def wait() -> None:
