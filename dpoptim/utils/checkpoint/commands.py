@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from dpoptim.utils.checkpoint.convert import FORMATS, export_checkpoint, import_checkpoint
 from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.loading import open_checkpoint
 
@@ -25,7 +24,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     for command in (info, verify, export):
         command.add_argument("path", type=Path, help="a checkpoint, or the directory that was saved to")
     export.add_argument("target", type=Path, help="a new file, or directory for dcp")
-    export.add_argument("--format", choices=FORMATS, default="torch", help="safetensors holds the model alone")
+    export.add_argument(
+        "--format", choices=("torch", "safetensors", "dcp"), default="torch", help="safetensors holds the model alone"
+    )
     load.add_argument("source", type=Path)
     load.add_argument("path", type=Path, help="directory to save to")
 
@@ -34,8 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one command in this process alone; return the exit status."""
     try:
         if arguments.action == "export":
+            from dpoptim.utils.checkpoint.convert import export_checkpoint  # imports much of torch.distributed
+
             export_checkpoint(arguments.path, arguments.target, arguments.format)
         elif arguments.action == "import":
+            from dpoptim.utils.checkpoint.convert import import_checkpoint
+
             import_checkpoint(arguments.source, arguments.path)
         elif arguments.action == "verify":
             return _verify(arguments.path)

@@ -16,11 +16,14 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.files import Reader
@@ -31,9 +34,7 @@ from dpoptim.utils.checkpoint.saving import save_contents
 from dpoptim.utils.checkpoint.tree import decode
 from dpoptim.utils.state_dict import Form, to_named
 
-__all__ = ["FORMATS", "export_checkpoint", "import_checkpoint"]
-
-FORMATS = ("torch", "safetensors", "dcp")
+__all__ = ["export_checkpoint", "import_checkpoint"]
 
 
 def export_checkpoint(source: Path, target: Path, kind: str) -> None:
@@ -53,7 +54,7 @@ def export_checkpoint(source: Path, target: Path, kind: str) -> None:
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(everything, checkpoint_id=target, no_dist=True)
+            save_dcp(everything, checkpoint_id=target, no_dist=True)
 
 
 def import_checkpoint(source: Path, target: Path) -> None:
@@ -129,7 +130,7 @@ def _form(part: Mapping[str, Any], model: Mapping[str, Any]) -> Form:
     return to_named({**part, "state": state, "param_groups": numbered}, shapes, names)
 
 
-# ------------------------------------------------------------------------------------------ torch.distributed.checkpoint
+# ------------------------------------------------------------------------------------------ torch.distributed
 
 
 def _read_dcp(source: Path) -> dict[str, Any]:
@@ -137,10 +138,13 @@ def _read_dcp(source: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch speaks of a process group that is not needed here
-            dcp.state_dict_loader._load_state_dict(  # what torch's own conversion calls
-                everything, storage_reader=_Storage(source), planner=_Planner(), no_dist=True
+            _load_state_dict(  # what torch's own conversion calls
+                everything,
+                storage_reader=_Storage(source),
+                planner=_Planner(),  # type: ignore[no-untyped-call]
+                no_dist=True,
             )
-    except (OSError, RuntimeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
         raise CheckpointError(f"{source} can't be read as a torch.distributed.checkpoint: {error}") from error
     return everything
 
@@ -164,13 +168,13 @@ _METADATA_PARTS = {
 }
 
 
-class _Storage(dcp.FileSystemReader):
+class _Storage(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = self.storage_meta()
+            metadata.storage_meta = getattr(self, "storage_meta", lambda: None)()
         return cast("Metadata", metadata)
 
 
