@@ -1,10 +1,11 @@
-"""``python -m dpoptim info`` and ``check``: what this machine and MPI are, and whether N ranks equal one process."""
+"""``python -m dpoptim info``, ``check`` and ``checkpoint``: this machine and MPI, N ranks against one, saved state."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from dpoptim.diagnostics import check, info
+from dpoptim.utils.checkpoint.commands import add_commands, run
 
 __all__ = ["main"]
 
@@ -15,7 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say what MPI, nodes, ranks and torch are here, and how optimizers step")
     commands.add_parser("check", help="train on all ranks and in one process, and compare (under mpirun)")
-    command = parser.parse_args(arguments).command
+    add_commands(commands.add_parser("checkpoint", help="look into checkpoints, verify and convert them"))
+    parsed = parser.parse_args(arguments)
+    command = parsed.command
+    if command == "checkpoint":
+        return run(parsed)
     return info() if command == "info" else check()
 
 

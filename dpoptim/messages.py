@@ -65,12 +65,19 @@ SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 class Pending:
     """A collective that MPI itself carries on."""
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, *, patient: bool) -> None:
         self._request = request
+        self._patient = patient
 
     def wait(self) -> None:
         """Block until the result is there."""
-        self._request.Wait()
+        if not self._patient:
+            self._request.Wait()
+            return
+        nap_s = _SHORTEST_NAP_S
+        while not self._request.Test():
+            time.sleep(nap_s)
+            nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
 
     def test(self) -> bool:
         """Whether the result is there."""
@@ -149,7 +156,8 @@ class Messages:
 
     def start_all_reduce(self, tensor: Tensor) -> "Pending":
         """Start to sum over all ranks, in place, by MPI itself; does not block."""
-        return Pending(self._comm.Iallreduce(self._mpi.IN_PLACE, self._spec(tensor), op=self._mpi.SUM))
+        request = self._comm.Iallreduce(self._mpi.IN_PLACE, self._spec(tensor), op=self._mpi.SUM)
+        return Pending(request, patient=tensor.nbytes <= self.patience_bytes)
 
     def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int]) -> None:
         """Sum over all ranks; ``output``, which may be this rank's part of ``source``, receives this rank's part."""
@@ -187,10 +195,7 @@ class Messages:
         if num_bytes > self.patience_bytes:
             getattr(self._comm, name)(*args, **options)
             return
-        request, nap_s = getattr(self._comm, f"I{name.lower()}")(*args, **options), _SHORTEST_NAP_S
-        while not request.Test():
-            time.sleep(nap_s)
-            nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
+        Pending(getattr(self._comm, f"I{name.lower()}")(*args, **options), patient=True).wait()
 
     def _adopt(self, part: Any) -> "Messages":
         adopted = Messages(part, self.max_message_bytes)

@@ -73,6 +73,7 @@ class DataParallelOptimizer(Optimizer):
     ) -> None:
         roll_call = RollCall.of(comm)
         raise_together(roll_call.communicator, _argument_error(optimizer, module, bucket_mb, overlap, comm_hook))
+        self._roll_call = roll_call
         self._optimizer = optimizer
         self._module = module
         self._is_constructed = False
@@ -233,6 +234,11 @@ class DataParallelOptimizer(Optimizer):
     def communicator(self) -> Communicator:
         """The communicator of this optimizer alone; ``rank`` and ``world_size`` are there."""
         return self._communicator
+
+    @property
+    def roll_call(self) -> RollCall:
+        """Where the ranks of this optimizer meet; shared by all optimizers on the same ranks."""
+        return self._roll_call
 
     @property
     def batch_weight(self) -> float:

@@ -2,8 +2,9 @@
 
 Note [Roll call]
 ----------------
-A reduction starts with one all-reduce of four numbers. In it each rank says whether it has left the program, the
-weight of its batch, and a fingerprint of where it is (which optimizer, which step, which backward). Ranks that
+A reduction starts with one all-reduce of five numbers. In it each rank says whether it has left the program, whether
+it was told to stop (:mod:`dpoptim.utils.preemption`), the weight of its batch, and a fingerprint of where it is (which
+optimizer, which step, which backward). Ranks that
 are at different places would otherwise pair their messages wrongly, or wait for ever; here all of them learn of it
 in the same call and raise the same error. A rank that leaves the program answers one last time at exit: if all
 leave, that is the end, and if some still train, they raise instead of waiting.
@@ -48,6 +49,8 @@ class RollCall:
         self.communicator = communicator
         self._num_optimizers = 0
         self._closed: str | None = None
+        self._stop_requested = False
+        self._stop_agreed = False
 
     @classmethod
     def of(cls, comm: Any) -> "RollCall":
@@ -71,6 +74,15 @@ class RollCall:
         """Return a number for a new optimizer, the same on all ranks if they make them in the same order."""
         self._num_optimizers += 1
         return self._num_optimizers - 1
+
+    def request_stop(self) -> None:
+        """Tell all ranks to stop, with this rank's next answer; local, may be called by a signal handler."""
+        self._stop_requested = True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any rank has asked to stop, as of the last answer: the same on all ranks."""
+        return self._stop_agreed or (self._stop_requested and self.communicator.world_size == 1)
 
     def answer(self, place: str, weight: float) -> float:
         """Meet all ranks before a reduction; collective, blocks.
@@ -132,13 +144,15 @@ class RollCall:
 
     def _answers(self, place: str, weight: float, *, left: bool) -> Tensor:
         fingerprint = zlib.crc32(place.encode()) & ((1 << _FINGERPRINT_BITS) - 1)
-        return torch.tensor([left, weight, fingerprint, fingerprint**2], dtype=torch.float64)
+        stop = float(self._stop_requested)
+        return torch.tensor([left, weight, fingerprint, fingerprint**2, stop], dtype=torch.float64)
 
     def _meet(self, place: str, weight: float) -> tuple[int, float]:
         answers = self._answers(place, weight, left=False)
         if self.communicator.world_size > 1:
             self.communicator.start_all_reduce(answers).wait()
-        num_left, total_weight, total, total_of_squares = answers.tolist()
+        num_left, total_weight, total, total_of_squares, num_stopping = answers.tolist()
+        self._stop_agreed = self._stop_agreed or num_stopping > 0
         # By Cauchy and Schwarz equality holds only if all are equal.
         if not num_left and self.communicator.world_size * int(total_of_squares) != int(total) ** 2:
             places = [place for _, place in self._explain(place)]

@@ -3,11 +3,13 @@
     python examples/train_gpt.py                 # one process
     mpirun -n 2 python examples/train_gpt.py     # two ranks share each batch: the same curve in less time
 
-Started again, it resumes from its last checkpoint, on any number of ranks.
+Started again, it resumes from its last checkpoint, on any number of ranks. A SIGTERM or SIGUSR1 to any rank makes it
+save and leave with exit status 75, as jobs that are preempted should: see slurm/.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,6 +22,7 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import dpoptim
+from dpoptim.utils import checkpoint, preemption
 
 
 class GPT(nn.Module):
@@ -76,17 +79,15 @@ model = GPT(args.context)
 optimizer = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.named_parameters(), lr=4e-3, weight_decay=0.1))
 scheduler = dpoptim.lr_scheduler.OneCycleLR(optimizer, 4e-3, args.steps, pct_start=0.15, cycle_momentum=False)
 
-path, parts = args.output / "checkpoint.pt", {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-done, history = 0, {"train": [], "validation": []}
-if checkpoint := comm.bcast(torch.load(path, weights_only=True) if comm.rank == 0 and path.exists() else None):
-    done, history = checkpoint["step"], checkpoint["history"]
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+saved = checkpoint.load(args.output, **parts, missing_ok=True)
+done, history = (saved["step"], saved["history"]) if saved else (0, {"train": [], "validation": []})
+stop = preemption.StopSignal(optimizer)
 
 steps = range(done + 1, args.steps + 1)
 progress = tqdm(steps, unit=" tokens", unit_scale=args.batch_size * args.context, disable=comm.rank > 0 or not steps)
 if done and comm.rank == 0:
-    progress.write(f"{path}: {'resumed' if steps else 'finished already'} at step {done}")
+    progress.write(f"{args.output}: {'resumed' if steps else 'finished already'} at step {done}")
 for step in progress:
     starts = np.random.default_rng((args.seed, step)).integers(len(train) - args.context, size=args.batch_size)
     windows = train[torch.from_numpy(starts)[comm.rank :: comm.size, None] + torch.arange(args.context + 1)]
@@ -103,10 +104,12 @@ for step in progress:
         history["validation"].append((step, evaluate(model, validation, args.context, comm)))
         if comm.rank == 0:
             progress.write(f"step {step}: validation loss {history['validation'][-1][1]:.4f}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"step": step, "history": history, **state}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+    if step % args.eval_every == 0 or step == args.steps or stop.should_stop:
+        checkpoint.save(args.output, **parts, step=step, history=history, keep=2)
+    if stop.should_stop and step < args.steps:
+        if comm.rank == 0:
+            progress.write(f"{args.output}: stopped by a signal, saved step {step}")
+        sys.exit(preemption.EXIT_CODE)
 
 if comm.rank == 0:
     (args.output / "history.json").write_text(json.dumps(history))
