@@ -3,6 +3,7 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -45,14 +46,20 @@ class DataParallelOptimizer(Optimizer):
         compute threads.
     comm_hook : callable, optional
         How a bucket is summed; see :mod:`dpoptim.comm_hooks`.
+    accumulate : int
+        Make one step of so many batches: call ``zero_grad()``, ``backward()`` and ``step()`` for each as ever; all but
+        the last ``step()`` of them only count, and ``zero_grad()`` keeps what is being accumulated. The gradient is the
+        mean over batches and ranks, reduced once. :attr:`is_accumulating` tells whether the next ``step()`` only
+        counts.
 
     Raises
     ------
     TypeError
         ``optimizer`` is not a ``torch.optim.Optimizer``, is already wrapped, or ``comm`` is no communicator.
     ValueError
-        ``bucket_mb <= 0``; a communicator that is null, freed or an intercommunicator; a parameter that another
-        ``DataParallelOptimizer`` reduces; parameters, their order or hyper-parameters that differ between ranks.
+        ``bucket_mb <= 0``; ``accumulate < 1``; a communicator that is null, freed or an intercommunicator; a parameter
+        that another ``DataParallelOptimizer`` reduces; parameters, their order or hyper-parameters that differ between
+        ranks.
 
     Notes
     -----
@@ -70,9 +77,12 @@ class DataParallelOptimizer(Optimizer):
         bucket_mb: float = 25,
         overlap: bool | str = "auto",
         comm_hook: CommHook | None = None,
+        accumulate: int = 1,
     ) -> None:
         roll_call = RollCall.of(comm)
-        raise_together(roll_call.communicator, _argument_error(optimizer, module, bucket_mb, overlap, comm_hook))
+        raise_together(
+            roll_call.communicator, _argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
+        )
         self._roll_call = roll_call
         self._optimizer = optimizer
         self._module = module
@@ -87,7 +97,11 @@ class DataParallelOptimizer(Optimizer):
         pre_hooks.move_to_end(_FIRST_HOOK, last=False)
         self._is_constructed = True
 
-        settings = {"bucket_mb": repr(bucket_mb), "comm_hook": repr(comm_hook and qualified_name(comm_hook))}
+        settings = {
+            "bucket_mb": repr(bucket_mb),
+            "comm_hook": repr(comm_hook and qualified_name(comm_hook)),
+            "accumulate": repr(accumulate),
+        }
         if module is not None:
             settings["module"] = describe_module(module)
         check_alike(roll_call.communicator, optimizer, parameter_names(optimizer.param_groups, module), settings)
@@ -99,7 +113,10 @@ class DataParallelOptimizer(Optimizer):
             roll_call,
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
+            accumulate=accumulate,
         )
+        if accumulate > 1:  # around torch's own hooks, which run only when a step is made
+            self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
         self._reducer.add_parameters(self._parameters(), parameter_names(optimizer.param_groups, module))
         self._broadcast(self._parameters())
         self._broadcast([value for entry in state.values() for value in _tensors(entry)])
@@ -162,7 +179,9 @@ class DataParallelOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, as the wrapped optimizer does."""
+        """Reset all gradients, as the wrapped optimizer does; nothing while they are being accumulated."""
+        if self._reducer.num_accumulated:
+            return
         self._optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -265,6 +284,20 @@ class DataParallelOptimizer(Optimizer):
                 "a backward in no_sync() wait for their reduction"
             )
         self._reducer.batch_weight = float(value)
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the next ``step()`` only counts a batch, so that ``p.grad`` is not the global mean yet."""
+        return self._reducer.is_accumulating
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Say no to ``GradScaler``, which asks before a step, where it would leave out the count of a batch."""
+        if self._reducer.accumulate > 1:
+            raise RuntimeError(
+                "accumulate > 1 does not go with GradScaler, which leaves out steps: use accumulate=1 and no_sync()"
+            )
+        return False
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Keep gradients local in every ``backward()`` within; the next one outside reduces their sum.
@@ -374,6 +407,16 @@ class DataParallelOptimizer(Optimizer):
                 tensor.copy_(values)
 
 
+def _count_or_step(opt: DataParallelOptimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """Make the step of an optimizer that accumulates: count a batch, or step if it is the last."""
+    if closure is not None:
+        raise ValueError("accumulate > 1 takes no closure: call backward() before step()")
+    if opt.is_accumulating:
+        opt._reducer.count_batch()
+        return None
+    return type(opt).step(opt)
+
+
 # Key of the wrapper's own step hook among the user's, which torch numbers from 0.
 _FIRST_HOOK = -1
 # Key of its own load_state_dict hook, which is there while a state is loaded, behind the user's.
@@ -390,7 +433,7 @@ _HOOK_DICTS = (
 
 
 def _argument_error(
-    optimizer: object, module: object, bucket_mb: float, overlap: bool | str, comm_hook: object
+    optimizer: object, module: object, bucket_mb: float, overlap: bool | str, comm_hook: object, accumulate: object
 ) -> Exception | None:
     """Return what is wrong with the arguments of this rank, if anything is."""
     if isinstance(optimizer, DataParallelOptimizer):
@@ -405,6 +448,8 @@ def _argument_error(
         return ValueError(f'overlap must be "auto", True or False, got {overlap!r}')
     if comm_hook is not None and not callable(comm_hook):
         return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        return ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}")
     return _already_reduced([parameter for group in optimizer.param_groups for parameter in group["params"]])
 
 

@@ -71,21 +71,33 @@ class Reducer:
         See :mod:`dpoptim.comm_hooks`.
     bucket_bytes : int
         A bucket of several gradients has at most so many bytes.
+    accumulate : int
+        How many batches make one mean.
 
     Attributes
     ----------
     batch_weight : float
         Weight of this rank's gradients in the mean.
     has_local_gradients : bool
-        Whether backward has run in :meth:`no_sync` since the last reduction.
+        Whether gradients of a backward wait for their reduction.
+    num_accumulated : int
+        How many batches of the next mean are done.
     """
 
     def __init__(
-        self, communicator: Communicator, roll_call: RollCall, *, comm_hook: CommHook, bucket_bytes: int
+        self,
+        communicator: Communicator,
+        roll_call: RollCall,
+        *,
+        comm_hook: CommHook,
+        bucket_bytes: int,
+        accumulate: int = 1,
     ) -> None:
         self.communicator = communicator
         self.batch_weight = 1.0
         self.has_local_gradients = False
+        self.accumulate = accumulate
+        self.num_accumulated = 0
         self._is_enabled = True
         self._roll_call = roll_call
         self._number = roll_call.enroll()
@@ -117,7 +129,7 @@ class Reducer:
         start = len(self._parameters)
         self._parameters += parameters
         self._names += names
-        if self.communicator.world_size > 1:
+        if self._has_work:
             for index, parameter in enumerate(parameters, start):
                 if not parameter.is_floating_point() and not parameter.is_complex():
                     continue  # can never have a gradient
@@ -156,15 +168,30 @@ class Reducer:
         That is: no parameter of this rank had a gradient, or gradients are still local after ``no_sync``, or the
         end of backward could not be seen.
         """
-        if self.communicator.world_size > 1 and (self._tasks or self._num_no_sync or not self._reduced_since_step):
+        if self._has_work and (self._tasks or self._num_no_sync or not self._reduced_since_step):
             self._reduce()
 
     def meet(self, purpose: str, weight: float) -> float:
         """Meet all ranks for the same purpose and return the sum of their weights; collective (Note [Roll call])."""
         return self._roll_call.answer(f"optimizer {self._number}, step {self._num_steps}, {purpose}", weight)
 
+    @property
+    def _has_work(self) -> bool:
+        """Whether gradients are anything else than the mean as they come."""
+        return self.communicator.world_size > 1 or self.accumulate > 1
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the batch under way is not the last one of a mean."""
+        return self.num_accumulated < self.accumulate - 1
+
+    def count_batch(self) -> None:
+        """Note that a batch of several is done."""
+        self.num_accumulated += 1
+
     def count_step(self) -> None:
         """Note that the optimizer has made a step."""
+        self.num_accumulated = 0
         self._num_steps += 1
         self._reduced_since_step = False
 
@@ -182,7 +209,7 @@ class Reducer:
 
     def on_gradient(self, index: int) -> None:
         """Take note that a parameter's gradient is ready; called by autograd."""
-        if not self._is_enabled:
+        if not self._is_enabled or self.is_accumulating:
             self.has_local_gradients = True
             return
         task = _current_graph_task_id()
@@ -250,7 +277,8 @@ class Reducer:
             self._replan(reports)
 
     def _begin(self) -> None:
-        self._scale = self.batch_weight / self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
+        total_weight = self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
+        self._scale = self.batch_weight / (total_weight * self.accumulate)
 
     def _launch(self, bucket: Bucket) -> None:
         assert self._scale is not None
