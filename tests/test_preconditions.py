@@ -246,3 +246,30 @@ def test_lbfgs_without_a_closure_and_with_two_groups(world, package):
         package.LBFGS([{"params": list(seeded().parameters())}, more])
     train(opt, model, joined_batch(0, [3]))
     opt.detach()
+
+
+def _with_option(option):
+    return [name for name in NAMES if option in _hyper_parameters(getattr(torch.optim, name))]
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [(option, name) for option in ("differentiable", "capturable") for name in _with_option(option)],
+)
+@pytest.mark.supports("{option}", limits="raises what torch raises on CPU and for parameters that are leaves")
+def test_options_that_torch_refuses_on_cpu_raise_what_torch_raises(world, name, option):
+    outcomes = []
+    for wrapped in (False, True):
+        model = seeded(Matrices)
+        not_fused = {"fused": False} if "fused" in _hyper_parameters(getattr(torch.optim, name)) else {}
+        inner = getattr(dpoptim, name)(model.parameters(), lr=0.01, **{option: True}, **not_fused)
+        optimizer = dpoptim.DataParallelOptimizer(inner) if wrapped else inner
+        try:
+            train(optimizer, model, joined_batch(0, [2]))
+            outcomes.append("stepped")
+        except (AssertionError, RuntimeError) as error:
+            outcomes.append((type(error), str(error)))
+        if wrapped:
+            optimizer.detach()
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] != "stepped"
