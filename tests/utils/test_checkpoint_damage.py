@@ -160,7 +160,7 @@ def test_what_does_not_fit_the_program_changes_nothing(world, path):
     )
     fails("does not fit .*: optimizer: parameter 'first.weight' has shape", optimizer=_net(6)[1])
     fails(
-        "optimizer: parameter 'first.weight' has dtype float64",
+        "does not fit .*: optimizer: parameter 'first.weight' has dtype float64",
         optimizer=torch.optim.Adam([(n, p) for n, p in _net()[0].float().named_parameters() if p.requires_grad]),
     )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
