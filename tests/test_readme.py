@@ -9,11 +9,11 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_python_blocks_run(mpirun, num_ranks):
+def test_python_blocks_run(mpirun, num_ranks, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        done = mpirun(num_ranks, "-W", "error", "-c", block)
+        done = mpirun(num_ranks, "-W", "error", "-c", block, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 

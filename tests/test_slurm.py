@@ -33,13 +33,14 @@ SlurmdLogFile={path}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
-SchedulerParameters=sched_interval=2,bf_interval=2,requeue_delay=1
+SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PreemptParameters=send_user_signal
+SlurmctldParameters=preempt_send_user_signal
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=10
@@ -178,6 +179,7 @@ def test_a_preempted_job_resumes_and_ends_like_one_that_was_not(cluster, tmp_pat
     _until(lambda: cluster.job(number)["Restarts"] == "1", what)
     assert "saved, back into the queue" in log.read_text()
     _until(lambda: cluster.job(high)["JobState"] == "COMPLETED", what)
+    cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM holds it back for two minutes
     _until(lambda: cluster.job(number)["JobState"] == "COMPLETED", what)
     text = log.read_text()
     print(text)

@@ -158,16 +158,22 @@ def test_what_does_not_fit_the_program_changes_nothing(world, path):
         "does not fit .*: optimizer is of class Adam in the checkpoint but of SGD",
         optimizer=torch.optim.SGD(model.parameters()),
     )
-    fails("optimizer: parameter 'first.weight' has shape", optimizer=_net(6)[1])
+    fails("does not fit .*: optimizer: parameter 'first.weight' has shape", optimizer=_net(6)[1])
     fails(
-        "optimizer: parameter 'first.weight' has dtype float64",
+        "does not fit .*: optimizer: parameter 'first.weight' has dtype float64",
         optimizer=torch.optim.Adam([(n, p) for n, p in _net()[0].float().named_parameters() if p.requires_grad]),
     )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": named[:2]}, {"params": named[2:]}]
-    fails(r"has groups of \[7\] parameters in the checkpoint but of \[2, 5\]", optimizer=torch.optim.Adam(groups))
+    fails(
+        r"does not fit .*: optimizer has groups of \[7\] parameters in the checkpoint but of \[2, 5\]",
+        optimizer=torch.optim.Adam(groups),
+    )
     strange = [(f"x{n}", p) for n, p in named]
-    fails("the checkpoint has no 'xfirst.bias', which the program has", optimizer=torch.optim.Adam(strange))
+    fails(
+        "does not fit .*: the checkpoint has no 'xfirst.bias', which the program has",
+        optimizer=torch.optim.Adam(strange),
+    )
     if world.size > 1 and world.rank == 1:
         model = _net(6)[0]
     if world.size > 1:
