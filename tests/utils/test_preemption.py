@@ -17,8 +17,10 @@ comm, path, number, overlap = MPI.COMM_WORLD, sys.argv[1], int(sys.argv[2]), sys
 model = torch.nn.Linear(3, 2)
 opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.named_parameters(), lr=0.1), overlap=overlap)
 calls = []
-original = type(opt.roll_call.communicator).all_reduce
-type(opt.roll_call.communicator).all_reduce = lambda self, t, **k: (calls.append(t.numel()), original(self, t, **k))[1]
+for name in ("all_reduce", "start_all_reduce"):
+    original = getattr(type(opt.communicator), name)
+    count = lambda self, t, original=original, **k: (calls.append(t.numel()), original(self, t, **k))[1]
+    setattr(type(opt.communicator), name, count)
 stop = preemption.StopSignal(opt)
 for step in range(100):
     if step == 5 and comm.rank == comm.size - 1:
