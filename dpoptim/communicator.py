@@ -139,7 +139,9 @@ class Communicator:
         self.topology = self._find_topology()
         cores = set[int]().union(*self._node.all_gather_object(available_cores()))
         self._shares_cores = len(cores) < self.topology.local_size
-        own_messages.patience_bytes = _PATIENCE_BYTES if self._shares_cores else 0
+        # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
+        is_patient = any(own_messages.all_gather_object(self._shares_cores))
+        own_messages.patience_bytes = _PATIENCE_BYTES if is_patient else 0
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
