@@ -1,11 +1,43 @@
 """Bucket: gradients that travel together, as one flat tensor. No communication here."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bucket"]
+from dpoptim.partition import pieces_within, start_offsets
+
+__all__ = ["Bucket", "Division"]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who owns which part of a bucket, where ranks share the work of the step.
+
+    Attributes
+    ----------
+    counts : tuple of int
+        Elements of each rank's part, one after another; of each rank of a node if ``in_node``.
+    number : int
+        This rank's number among them.
+    in_node : bool
+        Whether every node divides the whole among its ranks, rather than all ranks one whole.
+    """
+
+    counts: tuple[int, ...]
+    number: int
+    in_node: bool
+
+    @property
+    def start(self) -> int:
+        """Where this rank's part begins."""
+        return start_offsets(self.counts)[self.number]
+
+    @property
+    def stop(self) -> int:
+        """Where this rank's part ends."""
+        return self.start + self.counts[self.number]
 
 
 class Bucket:
@@ -21,9 +53,16 @@ class Bucket:
         Which parameters, in the caller's numbering.
     parameters : sequence of Tensor
         The parameters themselves, of one dtype and device; only shape, dtype and device are taken.
+    division : Division, optional
+        Who owns which part. Ranks then reduce to the owner, and :meth:`unpack` brings back this rank's part alone; the
+        rest of ``flat`` and of the gradients is left with values of no meaning.
 
     Attributes
     ----------
+    shapes : list of torch.Size
+        Of the gradients.
+    own_pieces : list of Piece
+        What of each gradient is in this rank's part.
     flat : Tensor, 1-d
         What to reduce, in place; valid from :meth:`pack` to :meth:`unpack`.
     scale : float
@@ -32,16 +71,24 @@ class Bucket:
         How many gradients are still to come in this backward.
     """
 
-    def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor], division: Division | None = None) -> None:
         self.indices = tuple(indices)
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
         self.num_pending = len(self.indices)
         self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
         self.scale = 1.0
-        self._shapes = [parameter.shape for parameter in parameters]
+        self.shapes = [parameter.shape for parameter in parameters]
         self._numels = [parameter.numel() for parameter in parameters]
         self._buffer: Tensor | None = None
         self._views: list[Tensor] = []
+        self.division = division
+        whole = (0, self.numel) if division is None else (division.start, division.stop)
+        self.own_pieces = pieces_within(self._numels, *whole)
+
+    @property
+    def own(self) -> Tensor:
+        """The part of ``flat`` that this rank owns; all of it if it is not divided."""
+        return self.flat if self.division is None else self.flat[self.division.start : self.division.stop]
 
     @property
     def numel(self) -> int:
@@ -82,23 +129,32 @@ class Bucket:
 
     @torch.no_grad()
     def unpack(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy ``flat`` back into those gradients that are there and fit."""
+        """Copy ``flat``, or this rank's part of it, back into those gradients that are there and fit."""
         if self.flat is not self._buffer:
             return
-        pairs = [(g, v) for g, v in zip(gradients, self._views, strict=True) if g is not None and self.fits(g)]
-        if pairs:
-            torch._foreach_copy_([g.detach() for g, _ in pairs], [v for _, v in pairs])
+        targets, sources = [], []
+        for piece in self.own_pieces:
+            gradient = gradients[piece.position]
+            if gradient is None or not self.fits(gradient):
+                continue
+            target, source = gradient.detach(), self._views[piece.position]
+            if piece.numel != source.numel() and target.is_contiguous():
+                target, source = (tensor.view(-1)[piece.start : piece.stop] for tensor in (target, source))
+            targets.append(target)
+            sources.append(source)
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     def reduced(self, position: int) -> Tensor:
         """Return a new tensor with the reduced gradient at this position, for a parameter that had none here."""
         flat = torch.split(self.flat, self._numels)[position]
-        return flat.view(self._shapes[position]).clone()
+        return flat.view(self.shapes[position]).clone()
 
     def _filled_buffer(self, gradients: Sequence[Tensor | None]) -> Tensor:
         if self._buffer is None:
             self._buffer = torch.empty(self.numel, dtype=self.dtype, device=self.device)
             parts = torch.split(self._buffer, self._numels)
-            self._views = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+            self._views = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         present = [(v, g) for v, g in zip(self._views, gradients, strict=True) if g is not None]
         absent = [v for v, g in zip(self._views, gradients, strict=True) if g is None]
         if present:

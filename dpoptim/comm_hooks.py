@@ -5,6 +5,9 @@ the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dp
 The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` gets
 them unscaled and multiplies with ``bucket.scale`` itself. It may block or not; ``bucket.flat`` is its own until
 ``Work.wait`` returns, and must then hold the same bits on every rank.
+
+Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
+only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func:`sum_over_ranks` does what is needed.
 """
 
 from collections.abc import Callable
@@ -15,17 +18,37 @@ from torch import Tensor
 from dpoptim.bucket import Bucket
 from dpoptim.communicator import Communicator, Work
 
-__all__ = ["CommHook", "allreduce", "bf16_compress", "fp16_compress"]
+__all__ = ["CommHook", "allreduce", "bf16_compress", "fp16_compress", "sum_over_ranks"]
 
 CommHook = Callable[[Communicator, Bucket], Work]
 
 
 def allreduce(communicator: Communicator, bucket: Bucket) -> Work:
     """Sum gradients as they are (the default); collective."""
-    return communicator.all_reduce(bucket.flat, scale=bucket.scale, async_op=True)
+    return sum_over_ranks(communicator, bucket, bucket.flat, scale=bucket.scale)
 
 
 allreduce.scales = True  # type: ignore[attr-defined]
+
+
+def sum_over_ranks(communicator: Communicator, bucket: Bucket, flat: Tensor, *, scale: float = 1.0) -> Work:
+    """Start the sum of ``scale * flat`` in place: all of it, or where the bucket is divided each owner's part.
+
+    Collective. ``flat`` belongs to the communicator until ``Work.wait`` returns.
+
+    Parameters
+    ----------
+    flat : Tensor, numel of the bucket
+        ``bucket.flat``, or what stands for it on the wire.
+    scale : float
+        This rank's factor.
+    """
+    division = bucket.division
+    if division is None:
+        return communicator.all_reduce(flat, scale=scale, async_op=True)
+    own = flat[division.start : division.stop]
+    reduce_scatter = communicator.reduce_scatter_in_node if division.in_node else communicator.reduce_scatter
+    return reduce_scatter(own, flat, counts=division.counts, scale=scale, async_op=True)
 
 
 def bf16_compress(communicator: Communicator, bucket: Bucket) -> Work:
@@ -48,16 +71,18 @@ def fp16_compress(communicator: Communicator, bucket: Bucket) -> Work:
 class _Decompress:
     """Waits for the compressed sum, then widens it into the bucket."""
 
-    def __init__(self, work: Work, compressed: Tensor, flat: Tensor) -> None:
-        self._work, self._compressed, self._flat = work, compressed, flat
+    def __init__(self, work: Work, compressed: Tensor, bucket: Bucket) -> None:
+        self._work, self._compressed, self._bucket = work, compressed, bucket
 
     def wait(self) -> None:
         self._work.wait()
-        self._flat.copy_(self._compressed)
+        division = self._bucket.division
+        own = self._compressed if division is None else self._compressed[division.start : division.stop]
+        self._bucket.own.copy_(own)
 
 
 def _compressed(communicator: Communicator, bucket: Bucket, dtype: torch.dtype) -> Work:
     if not bucket.flat.is_floating_point() or bucket.flat.element_size() <= dtype.itemsize:
         return allreduce(communicator, bucket)
     compressed = bucket.flat.to(dtype)
-    return _Decompress(communicator.all_reduce(compressed, async_op=True), compressed, bucket.flat)
+    return _Decompress(sum_over_ranks(communicator, bucket, compressed), compressed, bucket)

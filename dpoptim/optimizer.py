@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, NoReturn, cast
 
@@ -12,11 +12,26 @@ from torch.optim import Optimizer
 
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.communicator import Communicator, available_cores
+from dpoptim.divided import divided
 from dpoptim.preconditions import check_closure, check_loadable, check_one_group, naming_gradients
 from dpoptim.reducer import Reducer, is_reduced
 from dpoptim.roll_call import RollCall
+from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
 from dpoptim.utils.consistency import raise_together
+from dpoptim.utils.state_dict import (
+    Form,
+    Slices,
+    from_named,
+    full_slices,
+    groups_of,
+    load_full_form,
+    to_named,
+    unique_names,
+)
+from dpoptim.utils.state_dict import (
+    shard as shard_form,
+)
 
 __all__ = ["DataParallelOptimizer"]
 
@@ -35,6 +50,13 @@ class DataParallelOptimizer(Optimizer):
         The optimizer that makes the step on every rank; not itself a ``DataParallelOptimizer``.
     comm : mpi4py.MPI.Comm or heat MPICommunication, optional
         The ranks that train together; by default all (``COMM_WORLD``). It is duplicated.
+    shard : bool
+        Divide the step, and the optimizer's state, among ranks (ZeRO-1/2; Rajbhandari et al. 2020): gradients are
+        reduced to the rank that owns them, each rank steps its part, and the parameters are collected. See Notes.
+    node_shared : bool
+        Keep one copy of the parameters and of the state a node, in memory that its ranks share; each steps its part
+        in place. Needs parameters on CPU. Where a node has no memory to share, it is ``shard`` instead (see
+        :attr:`mode`). Writes of your own to parameters belong into :meth:`exclusive`.
     module : torch.nn.Module, optional
         The model. Its buffers and its frozen parameters are broadcast too, its names appear in error messages, and
         :meth:`average_buffers` becomes available.
@@ -63,9 +85,19 @@ class DataParallelOptimizer(Optimizer):
 
     Notes
     -----
-    Collective: construction, :meth:`add_param_group`, :meth:`average_buffers`, :meth:`detach`, ``step`` with a
-    closure, and ``backward()`` outside of :meth:`no_sync`. Everything else is local. Errors found on one rank are
-    raised on all; a rank that dies of an exception ends the job.
+    Collective: construction, :meth:`add_param_group`, :meth:`average_buffers`, :meth:`detach`, :meth:`exclusive`,
+    :meth:`full_state_dict`, :meth:`load_full_state_dict`, ``step`` with a closure, and ``backward()`` outside of
+    :meth:`no_sync`; with ``shard`` or ``node_shared`` every ``step`` and :meth:`clip_grad_norm_`. Everything else is
+    local. Errors found on one rank are raised on all; a rank that dies of an exception ends the job.
+
+    With ``shard`` or ``node_shared`` ``p.grad`` holds the global mean in the elements that this rank owns alone, and
+    values of no meaning in the rest: use :meth:`clip_grad_norm_` instead of torch's (``clip_grad_value_`` and
+    ``GradScaler`` work), clear gradients by :meth:`zero_grad` or to None, and let all but the last of several backward
+    passes run in :meth:`no_sync`. The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
+    use :meth:`full_state_dict` or :mod:`dpoptim.utils.checkpoint`. Optimizers that treat each element by itself are
+    divided by element: those of torch but Adafactor and Muon, and any class that has ``is_elementwise = True``. All
+    others are divided by whole parameter. LBFGS, SparseAdam and optimizers that need a closure stay replicated, with a
+    warning.
     """
 
     def __init__(
@@ -74,6 +106,8 @@ class DataParallelOptimizer(Optimizer):
         comm: Any = None,
         *,
         module: nn.Module | None = None,
+        shard: bool = False,
+        node_shared: bool = False,
         bucket_mb: float = 25,
         overlap: bool | str = "auto",
         comm_hook: CommHook | None = None,
@@ -81,7 +115,9 @@ class DataParallelOptimizer(Optimizer):
     ) -> None:
         roll_call = RollCall.of(comm)
         raise_together(
-            roll_call.communicator, _argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
+            roll_call.communicator,
+            _argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
+            or _division_error(optimizer, shard, node_shared),
         )
         self._roll_call = roll_call
         self._optimizer = optimizer
@@ -101,6 +137,8 @@ class DataParallelOptimizer(Optimizer):
             "bucket_mb": repr(bucket_mb),
             "comm_hook": repr(comm_hook and qualified_name(comm_hook)),
             "accumulate": repr(accumulate),
+            "shard": repr(shard),
+            "node_shared": repr(node_shared),
         }
         if module is not None:
             settings["module"] = describe_module(module)
@@ -108,20 +146,24 @@ class DataParallelOptimizer(Optimizer):
         if overlap == "auto":
             overlap = _has_spare_cores(roll_call.communicator)
         self._communicator = roll_call.communicator.duplicate(overlap=bool(overlap))
+        self._broadcast(self._parameters())
+        self._broadcast([value for entry in state.values() for value in _tensors(entry)])
+        if module is not None:
+            own = {id(parameter) for parameter in self._parameters()}
+            self._broadcast([t for t in (*module.parameters(), *module.buffers()) if id(t) not in own])
+        self._divided = divided(optimizer, self._communicator, self._parameters(), shard=shard, node_shared=node_shared)
         self._reducer = Reducer(
             self._communicator,
             roll_call,
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
             accumulate=accumulate,
+            sharding=None if self._divided is None else self._divided.sharding,
         )
         if accumulate > 1:  # around torch's own hooks, which run only when a step is made
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
-        self._reducer.add_parameters(self._parameters(), parameter_names(optimizer.param_groups, module))
-        self._broadcast(self._parameters())
-        self._broadcast([value for entry in state.values() for value in _tensors(entry)])
-        if module is not None:
-            self._broadcast([*module.parameters(), *module.buffers()])
+        self._take_over_parameters(0)
+        self._divide_state()
 
     # ---------------------------------------------------------------- what torch.optim.Optimizer is
 
@@ -155,8 +197,9 @@ class DataParallelOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step with the global mean gradients.
 
-        Collective only with a closure, or if gradients were not reduced yet (no parameter of this rank had one; they
-        were left local by :meth:`no_sync`). Parameters are the same bits on every rank afterwards.
+        Collective with ``shard``, ``node_shared`` or a closure, or if gradients were not reduced yet (no parameter of
+        this rank had one; they were left local by :meth:`no_sync`); else local. Parameters are the same bits on every
+        rank afterwards.
 
         Parameters
         ----------
@@ -170,6 +213,12 @@ class DataParallelOptimizer(Optimizer):
             The loss of the closure, averaged over ranks with :attr:`batch_weight`.
         """
         wrapped = None if closure is None else self._averaged(closure)
+        if self._divided is not None:
+            loss = None if wrapped is None else wrapped()
+            self._divided.step(self._reducer.buckets, lambda purpose: self._reducer.meet(purpose, 1.0))
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+            self._reducer.count_step()
+            return loss
         step = type(self._optimizer).step
         # Step hooks have run on the wrapper; the wrapped class's own step would run the global ones again.
         with naming_gradients(self._optimizer, self._names):
@@ -183,6 +232,7 @@ class DataParallelOptimizer(Optimizer):
         if self._reducer.num_accumulated:
             return
         self._optimizer.zero_grad(set_to_none)
+        self._reducer.clear_marks()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to train, with hyper-parameters of their own; collective.
@@ -205,10 +255,9 @@ class DataParallelOptimizer(Optimizer):
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
-        names = parameter_names(self.param_groups, self._module)
-        check_alike(self._communicator, self._optimizer, names, {})
-        self._reducer.add_parameters(self._parameters()[num_before:], names[num_before:])
+        check_alike(self._communicator, self._optimizer, self._names(), {})
         self._broadcast(self._parameters()[num_before:])
+        self._take_over_parameters(num_before)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, which is compared with the optimizer before anything is changed; local.
@@ -227,6 +276,22 @@ class DataParallelOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             del hooks[_LAST_HOOK]
+        self._divide_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's form, as ``torch.optim.Optimizer.state_dict``; local.
+
+        Raises
+        ------
+        RuntimeError
+            The state is divided among ranks (``shard``, ``node_shared``).
+        """
+        if self._divided is not None:
+            raise RuntimeError(
+                f"the optimizer state is divided among ranks ({self.mode}): call full_state_dict() on all of them, or "
+                "save it with dpoptim.utils.checkpoint"
+            )
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what ``load_state_dict`` has prepared, with the wrapped class's own adjustments."""
@@ -310,8 +375,13 @@ class DataParallelOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale all gradients so that their global norm is at most ``max_norm``; return the norm before.
 
-        Local: the gradients are global already. The same as ``torch.nn.utils.clip_grad_norm_`` on all parameters.
+        The same as ``torch.nn.utils.clip_grad_norm_`` on all parameters of one process. Local, since gradients are
+        global already; with ``shard`` or ``node_shared`` collective, since each rank has the global mean of its part.
         """
+        if self._divided is not None:
+            self._reducer.finish()
+            self._reducer.meet("clipping gradients", 1.0)
+            return self._divided.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
 
     def mean(self, value: float, *, weight: float | None = None) -> float:
@@ -359,10 +429,135 @@ class DataParallelOptimizer(Optimizer):
     def detach(self) -> None:
         """End data parallelism: take the hooks off the parameters and free the communicator; collective.
 
-        Parameters, gradients, the wrapped optimizer and its state stay as they are.
+        Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was divided is put
+        together in the wrapped optimizer of every rank, and parameters that a node shared become each rank's own.
         """
+        if self._divided is not None:
+            self._reducer.meet("detaching the optimizer", 1.0)
+            form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=False)
+            assert form is not None
+            self._divided.release()
+            self._divided = None
+            load_full_form(self, form)
         self._reducer.detach()
         self._communicator.free()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let what rank 0 does to parameters within count, whatever the others do; collective.
+
+        With ``node_shared`` the ranks of a node have the same parameters in the same memory: a write by every rank,
+        such as ``p.mul_(0.9)``, would be done as often as there are ranks. Within, other ranks than 0 write to private
+        copies. On leaving it every rank has rank 0's parameters, in every mode. Writes of the same values by all
+        (``load_state_dict``) need no protection.
+
+        Raises
+        ------
+        RuntimeError
+            On every rank, if one is elsewhere or has left the program.
+        """
+        self._reducer.meet("entering exclusive()", 1.0)
+        if self._divided is not None:
+            self._divided.begin_exclusive()
+        self._communicator.barrier()
+        try:
+            yield
+        except BaseException:
+            if self._divided is not None:
+                self._divided.abandon_exclusive()
+            raise
+        self._reducer.meet("leaving exclusive()", 1.0)
+        if self._divided is None or not self._divided.end_exclusive():
+            self._broadcast(self._parameters())
+
+    # ---------------------------------------------------------------- a divided state
+
+    @property
+    def mode(self) -> str:
+        """``"replicated"``, ``"sharded"`` or ``"node-shared"``: what became of ``shard`` and ``node_shared``."""
+        return "replicated" if self._divided is None else self._divided.mode
+
+    def local_slices(self) -> Slices:
+        """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
+        names = unique_names(self.param_groups, self._names())
+        if self._divided is None:
+            return full_slices({name: p.shape for name, p in zip(names, self._parameters(), strict=True)})
+        return self._divided.slices(names)
+
+    def local_state_dict(self) -> Form:
+        """Return the state that this rank holds, by name, in the form of :mod:`dpoptim.utils.state_dict`; local.
+
+        It shares memory with the optimizer.
+        """
+        names = unique_names(self.param_groups, self._names())
+        if self._divided is not None:
+            return self._divided.form(self.param_groups, names)
+        return to_named(super().state_dict(), [parameter.shape for parameter in self._parameters()], names)
+
+    def load_local_state_dict(self, form: Form) -> None:
+        """Load this rank's part of a state, copied, in the dtypes that it has; local.
+
+        Parameters
+        ----------
+        form : Form
+            With the slices and names of :meth:`local_state_dict`.
+        """
+        if self._divided is None:
+            load_full_form(self, form)
+            return
+        groups = groups_of(form, self.param_groups)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._divided.load_form(form, unique_names(self.param_groups, self._names()))
+
+    def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any] | None:
+        """Return the whole state in torch's form, as ``state_dict()`` of one process would; collective.
+
+        One tensor is collected at a time, so that ranks that keep nothing need memory for one.
+
+        Parameters
+        ----------
+        rank0_only : bool
+            Whether rank 0 alone gets it.
+
+        Returns
+        -------
+        dict or None
+            None on ranks that get nothing.
+        """
+        self._reducer.meet("collecting the optimizer state", 1.0)
+        for pre_hook in list(cast("Any", self)._optimizer_state_dict_pre_hooks.values()):
+            pre_hook(self)
+        form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=rank0_only)
+        if form is None:
+            return None
+        state_dict = from_named(form)
+        for post_hook in list(cast("Any", self)._optimizer_state_dict_post_hooks.values()):
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_full_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
+        """Load rank 0's whole state, such as a plain torch ``state_dict()``, into all ranks; collective.
+
+        Parameters
+        ----------
+        state_dict : mapping or None
+            In torch's form; looked at on rank 0 only, where hooks of ``load_state_dict`` see it first.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every rank: the state has other groups, other shapes, or is one of another optimizer.
+        """
+        self._reducer.meet("loading an optimizer state", 1.0)
+        error: Exception | None = None
+        form = None
+        if self._communicator.rank == 0:
+            try:
+                form = self._checked_form(state_dict)
+            except (TypeError, ValueError) as caught:
+                error = caught
+        raise_together(self._communicator, error)
+        self.load_local_state_dict(scatter_form(self._communicator, form, self.local_slices(), self._devices()))
 
     # ---------------------------------------------------------------- how
 
@@ -378,6 +573,47 @@ class DataParallelOptimizer(Optimizer):
         check_closure(self._optimizer, closure)
         if closure is None:
             self._reducer.finish()
+
+    def _take_over_parameters(self, start: int) -> None:
+        """Reduce, and divide, the parameters from this one on, which are equal on all ranks; collective."""
+        parameters, names = self._parameters(), self._names()
+        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        known = {*map(id, self._reducer.buckets), *map(id, self._reducer.sleeping_buckets)}
+        self._reducer.add_parameters(parameters[start:], names[start:], groups[start:])
+        if self._divided is not None:
+            buckets = [*self._reducer.buckets, *self._reducer.sleeping_buckets]
+            new = [bucket for bucket in buckets if id(bucket) not in known]
+            self._divided.add(new, parameters, groups, names)
+
+    def _divide_state(self) -> None:
+        """Keep this rank's part of the wrapped optimizer's state, if it is divided; local."""
+        if self._divided is not None:
+            names = unique_names(self.param_groups, self._names())
+            shapes = [parameter.shape for parameter in self._parameters()]
+            whole = to_named(self._optimizer.state_dict(), shapes, names)
+            self._divided.load_form(shard_form(whole, self._divided.slices(names)), names)
+            self._optimizer.state.clear()
+
+    def _devices(self) -> dict[str, torch.device]:
+        names = unique_names(self.param_groups, self._names())
+        return {name: parameter.device for name, parameter in zip(names, self._parameters(), strict=True)}
+
+    def _checked_form(self, state_dict: object) -> Form:
+        """Return the form of a whole state that fits, as its hooks leave it, in the dtypes of the parameters."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping on rank 0, got {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
+        for hook in list(cast("Any", self)._optimizer_load_state_dict_pre_hooks.values()):
+            state_dict = hook(self, state_dict) or state_dict
+        check_loadable(self._optimizer, state_dict, self._names())
+        names = unique_names(self.param_groups, self._names())
+        form = to_named(state_dict, [parameter.shape for parameter in self._parameters()], names)
+        for name, parameter in zip(names, self._parameters(), strict=True):
+            entry = form["state"].get(name, {})
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and key != "step" and parameter.is_floating_point():
+                    entry[key] = value.to(parameter.dtype)
+        return form
 
     def _check_loadable(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         check_loadable(self._optimizer, state_dict, self._names())
@@ -451,6 +687,24 @@ def _argument_error(
     if not isinstance(accumulate, int) or accumulate < 1:
         return ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}")
     return _already_reduced([parameter for group in optimizer.param_groups for parameter in group["params"]])
+
+
+def _division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
+    """Return what is wrong with how the step is to be divided, if anything is."""
+    for name, value in (("shard", shard), ("node_shared", node_shared)):
+        if not isinstance(value, bool):
+            return TypeError(f"{name} must be True or False, got {value!r}")
+    if not (shard or node_shared):
+        return None
+    if shard and node_shared:
+        return ValueError("shard and node_shared exclude each other: node_shared divides the step as well")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return ValueError("differentiable=True does not go with shard or node_shared, which step parts of parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    other = next((parameter.device for parameter in parameters if parameter.device.type != "cpu"), None)
+    if node_shared and other is not None:
+        return ValueError(f"node_shared=True needs all parameters on cpu, got one on {other}: use shard=True")
+    return None
 
 
 def _already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:

@@ -1,9 +1,35 @@
 """Who owns which slice of a flat tensor. Pure integer arithmetic: no torch, no MPI."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
-__all__ = ["even_counts", "group_by_size", "start_offsets"]
+__all__ = ["Piece", "even_counts", "group_by_size", "owners_by_size", "pieces_within", "start_offsets"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of one of several tensors, lying one after another, that are within an interval.
+
+    Attributes
+    ----------
+    position : int
+        Which tensor.
+    start, stop : int
+        Its elements from ``start`` to ``stop``, of the flattened tensor.
+    offset : int
+        Where they begin in the interval.
+    """
+
+    position: int
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements."""
+        return self.stop - self.start
 
 
 def even_counts(numel: int, num_parts: int) -> list[int]:
@@ -40,3 +66,25 @@ def group_by_size(sizes_bytes: Sequence[int], limit_bytes: int) -> list[list[int
             groups.append([item])
             filled_bytes = size_bytes
     return groups
+
+
+def owners_by_size(sizes: Sequence[int], loads: list[int]) -> list[int]:
+    """Give every item to one owner, the largest first to who has least; return each item's owner.
+
+    ``loads`` has what each owner has already, and is updated.
+    """
+    owners = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        owners[item] = loads.index(min(loads))
+        loads[owners[item]] += sizes[item]
+    return owners
+
+
+def pieces_within(numels: Sequence[int], begin: int, end: int) -> list[Piece]:
+    """Return what of tensors of these sizes, lying one after another, is within ``begin`` to ``end``."""
+    found = []
+    for position, (low, numel) in enumerate(zip(start_offsets(numels), numels, strict=True)):
+        start, stop = max(begin - low, 0), min(end - low, numel)
+        if start < stop:
+            found.append(Piece(position, start, stop, low + start - begin))
+    return found

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.sharded_step import NUMBERS
 
-__all__ = ["check_closure", "check_loadable", "check_one_group", "naming_gradients"]
+__all__ = ["check_closure", "check_loadable", "check_one_group", "naming_gradients", "needs_closure"]
 
 # What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
 _STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -34,7 +35,6 @@ _STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         ("SparseAdam", "step exp_avg exp_avg_sq", ""),
     )
 }
-_NUMBERS = {"step", "eta", "mu", "mu_product"}
 # Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
 _ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 _NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
@@ -117,7 +117,7 @@ def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, ent
 
 
 def _state_shape(key: str, parameter: Tensor) -> torch.Size:
-    if key in _NUMBERS:
+    if key in NUMBERS:
         return torch.Size([])
     shape = list(parameter.shape)
     if key == "row_var":
@@ -167,11 +167,15 @@ def naming_gradients(optimizer: Optimizer, names: Callable[[], Sequence[str]]) -
 
 def check_closure(optimizer: Optimizer, closure: object) -> None:
     """Raise ``TypeError`` if the optimizer steps with a closure only, as LBFGS, and there is none. Local."""
-    if closure is None:
-        parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if parameter is not None and parameter.default is inspect.Parameter.empty:
-            message = f"{type(optimizer).__name__}.step() missing 1 required positional argument: 'closure'"
-            raise raised_on_all_ranks(TypeError(message))
+    if closure is None and needs_closure(optimizer):
+        message = f"{type(optimizer).__name__}.step() missing 1 required positional argument: 'closure'"
+        raise raised_on_all_ranks(TypeError(message))
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps with a closure only. Local."""
+    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def check_one_group(optimizer: Optimizer) -> None:

@@ -19,6 +19,15 @@ The autograd engine runs a queued callback when its graph task ends. Reentrant c
 inside others: there the callback sees an evaluating node and leaves the work to the outer task's callback. If no
 hook fires in the outer task any more, ``step`` finishes the reduction. A rank on which no parameter got a gradient
 has no callback at all: it joins the others in ``step``.
+
+Note [Divided gradients]
+------------------------
+Where ranks share the work of the step, each receives the mean of its own part of the gradients alone; the rest of
+``p.grad`` keeps this rank's values. Two things follow. A later backward must not add to such a gradient, which is
+partly reduced: it is marked, and must be new or cleared the next time, or all ranks raise an error. And ``GradScaler``
+looks for infinite gradients on each rank by itself: if any rank's part has one, the others get one into the
+rest, so that all find it. Buckets and their order are fixed (Note [Who owns what] in sharding.py); they are not planned
+anew but woken.
 """
 
 import contextlib
@@ -37,6 +46,7 @@ from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import group_by_size
 from dpoptim.roll_call import RollCall
+from dpoptim.sharding import Entry, Sharding
 
 __all__ = ["Reducer", "is_reduced"]
 
@@ -73,6 +83,8 @@ class Reducer:
         A bucket of several gradients has at most so many bytes.
     accumulate : int
         How many batches make one mean.
+    sharding : Sharding, optional
+        Who receives which part of the mean (Note [Divided gradients]); by default everybody all of it.
 
     Attributes
     ----------
@@ -92,6 +104,7 @@ class Reducer:
         comm_hook: CommHook,
         bucket_bytes: int,
         accumulate: int = 1,
+        sharding: Sharding | None = None,
     ) -> None:
         self.communicator = communicator
         self.batch_weight = 1.0
@@ -103,11 +116,13 @@ class Reducer:
         self._number = roll_call.enroll()
         self._comm_hook = comm_hook
         self._bucket_bytes = bucket_bytes
+        self._sharding = sharding
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._handles: list[Any] = []
         # The plan, equal on all ranks.
         self._buckets: list[Bucket] = []
+        self._asleep: list[Bucket] = []
         self._place: dict[int, tuple[Bucket, int]] = {}
         self._sparse_dims: dict[int, int] = {}
         self._had_anywhere: list[int] = []
@@ -118,14 +133,21 @@ class Reducer:
         self._reduced_since_step = False
         self._tasks: set[int] = set()
         self._had_gradient: bytes | None = None
+        self._mark = 0
         # The reduction under way.
         self._scale: float | None = None
         self._arrived: list[int] = []
         self._launched: list[tuple[Bucket, Work]] = []
         self._misfit = False
 
-    def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-        """Take over more parameters; all ranks with the same, in the same order, outside of backward."""
+    def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str], groups: Sequence[int]) -> None:
+        """Take over more parameters; all ranks with the same, in the same order, outside of backward.
+
+        Parameters
+        ----------
+        parameters, names, groups : sequence
+            The parameters, what to call each, and the number of its parameter group.
+        """
         start = len(self._parameters)
         self._parameters += parameters
         self._names += names
@@ -134,8 +156,11 @@ class Reducer:
                 if not parameter.is_floating_point() and not parameter.is_complex():
                     continue  # can never have a gradient
                 self._handles.append(_add_hook(parameter, _GradientHook(self, index)))
-        self._order = []
         self._had_gradient = None
+        if self._sharding is not None:
+            self._divide(self._sharding, start, groups)
+            return
+        self._order = []
         self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
 
     def reduce_over(self, communicator: Communicator, roll_call: RollCall) -> None:
@@ -161,6 +186,20 @@ class Reducer:
             yield
         finally:
             self._is_enabled = before
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The plan, the same on all ranks, in the order in which buckets are reduced; without those that sleep."""
+        return self._buckets
+
+    @property
+    def sleeping_buckets(self) -> list[Bucket]:
+        """The buckets that are not reduced, since no rank trains their parameters."""
+        return self._asleep
+
+    def clear_marks(self) -> None:
+        """Note that all gradients are cleared in their place (Note [Divided gradients])."""
+        self._mark += 1
 
     def finish(self) -> None:
         """Reduce now what has not been reduced since the last step; collective in that case.
@@ -261,13 +300,24 @@ class Reducer:
     def _take_over(self) -> None:
         """Turn reduced buckets into gradients, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
-        changed = torch.tensor([float(self._misfit or had_gradient != self._had_gradient)])
-        self.communicator.all_reduce(changed)
-        reports = self._exchange_reports(had_gradient) if changed.item() else None
+        is_finite = self._sharding is None or all(_is_finite(bucket.own) for bucket in self._buckets)
+        if self._sharding is not None and self._marked():
+            self._misfit = True
+        flags = torch.tensor([float(self._misfit or had_gradient != self._had_gradient), float(not is_finite)])
+        self.communicator.all_reduce(flags)
+        changed, num_not_finite = flags.tolist()
+        reports = self._exchange_reports(had_gradient) if changed else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()
+        if self._sharding is not None:
+            if reports is not None and self._wake(reports):
+                self._take_over_woken()
+            if num_not_finite and is_finite:
+                self._spoil()
+            self._set_marks()
+            return
         if reports is not None:
             self._reduce_outsiders()
         for index, sparse_dim in self._sparse_dims.items():
@@ -298,6 +348,82 @@ class Reducer:
         self._num_no_sync = 0
         self.has_local_gradients = False
         self._reduced_since_step = True
+
+    # ---------------------------------------------------------------- divided gradients
+
+    def _divide(self, sharding: Sharding, start: int, groups: Sequence[int]) -> None:
+        """Plan the buckets of new parameters; those that are frozen sleep."""
+        entries = [
+            Entry(index, self._parameters[index], groups[index - start])
+            for index in reversed(range(start, len(self._parameters)))
+            if self._parameters[index].is_floating_point() or self._parameters[index].is_complex()
+        ]
+        trained = [entry for entry in entries if entry.parameter.requires_grad]
+        frozen = [entry for entry in entries if not entry.parameter.requires_grad]
+        for bucket in sharding.divide(trained, self._bucket_bytes):
+            self._rouse(bucket)
+        self._asleep += sharding.divide(frozen, self._bucket_bytes)
+        self._order = [index for bucket in self._buckets for index in bucket.indices]
+
+    def _rouse(self, bucket: Bucket) -> None:
+        self._buckets.append(bucket)
+        self._place |= {index: (bucket, position) for position, index in enumerate(bucket.indices)}
+
+    def _wake(self, reports: Sequence[_Report]) -> bool:
+        """Rouse buckets of which a parameter is trained now; the same on all ranks."""
+        for index, dims in self._sparse_dims.items():
+            message = (
+                f"{self._describe(index)} has a sparse gradient ({dims} sparse dims), which can't be divided among "
+                "ranks: give it to an optimizer of its own, without shard and node_shared"
+            )
+            raise raised_on_all_ranks(RuntimeError(message))
+        wanted = {index for report in reports for index, trained in enumerate(report.trainable) if trained}
+        wanted |= set(self._had_anywhere)
+        woken = [bucket for bucket in self._asleep if not wanted.isdisjoint(bucket.indices)]
+        for bucket in woken:
+            self._asleep.remove(bucket)
+            self._rouse(bucket)
+        return bool(woken)
+
+    def _take_over_woken(self) -> None:
+        """Reduce the buckets that were asleep when this reduction began; collective."""
+        num_reduced = len(self._launched)
+        for bucket in self._buckets[num_reduced:]:
+            self._launch(bucket)
+        for bucket, work in self._launched[num_reduced:]:
+            work.wait()
+            bucket.unpack(self._gradients(bucket))
+        self._give_gradients()
+
+    def _spoil(self) -> None:
+        """Put an infinite number where it is seen and not used: another rank's part has one."""
+        for bucket in self._buckets:
+            whole = {
+                piece.position for piece in bucket.own_pieces if piece.numel == bucket.shapes[piece.position].numel()
+            }
+            for position, index in enumerate(bucket.indices):
+                gradient = self._parameters[index].grad
+                if gradient is None or not gradient.numel() or position in whole:
+                    continue
+                owned = next((p for p in bucket.own_pieces if p.position == position), None)
+                element = 0 if owned is None or owned.start > 0 else owned.stop
+                with torch.no_grad():
+                    gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
+                return
+
+    def _marked(self) -> list[int]:
+        """Return the parameters whose gradients are those of the last reduction, added to."""
+        return [
+            index
+            for index, parameter in enumerate(self._parameters)
+            if parameter.grad is not None and getattr(parameter.grad, _MARK, None) == (id(self), self._mark)
+        ]
+
+    def _set_marks(self) -> None:
+        mark = (id(self), self._mark)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                setattr(parameter.grad, _MARK, mark)
 
     def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
         return [self._parameters[index].grad for index in bucket.indices]
@@ -377,25 +503,31 @@ class Reducer:
     def _exchange_reports(self, had_gradient: bytes) -> list[_Report]:
         """Tell all ranks what this one has seen, and raise on all what is an error on one; collective."""
         gradients = {i: p.grad for i, p in enumerate(self._parameters) if p.grad is not None}
+        misfits = {
+            index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
+            f"{bucket.device} when the optimizer was constructed (on rank {self.communicator.rank}): move or convert "
+            "the model first, then construct the optimizer"
+            for index, (bucket, _) in sorted(self._place.items(), key=lambda item: item[0])
+            if (gradient := gradients.get(index)) is not None and not gradient.is_sparse and not bucket.fits(gradient)
+        }
+        if self._sharding is not None:
+            misfits |= {
+                index: f"the gradient of {self._describe(index)} was reduced, so that each rank has its part of the "
+                "mean alone, and then added to by another backward(): clear gradients by opt.zero_grad() or to None, "
+                "and let all but the last backward() of several run in opt.no_sync()"
+                for index in self._marked()
+            }
         own = _Report(
             had_gradient=had_gradient,
             trainable=bytes([parameter.requires_grad for parameter in self._parameters]),
             sparse_dims={i: g.sparse_dim() for i, g in gradients.items() if g.is_sparse},
-            misfits={
-                index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
-                f"{bucket.device} when the optimizer was constructed"
-                for index, (bucket, _) in sorted(self._place.items(), key=lambda item: item[0])
-                if (gradient := gradients.get(index)) is not None
-                and not gradient.is_sparse
-                and not bucket.fits(gradient)
-            },
+            misfits=misfits,
             order=list(dict.fromkeys(self._arrived)) if self.communicator.rank == 0 else [],
         )
         reports: list[_Report] = self.communicator.all_gather_object(own)
-        for rank, report in enumerate(reports):
+        for report in reports:
             for misfit in report.misfits.values():
-                message = f"{misfit} (on rank {rank}): move or convert the model first, then construct the optimizer"
-                raise raised_on_all_ranks(RuntimeError(message))
+                raise raised_on_all_ranks(RuntimeError(misfit))
         for report in reports:
             self._sparse_dims |= report.sparse_dims
         self._had_anywhere = [
@@ -419,6 +551,14 @@ class Reducer:
 
     def _describe(self, index: int) -> str:
         return f"parameter '{self._names[index]}'"
+
+
+_MARK = "_dpoptim_reduced"
+
+
+def _is_finite(flat: Tensor) -> bool:
+    """Whether all elements are; a sum that is finite says so in one pass."""
+    return bool(torch.isfinite(flat.detach().sum())) or bool(torch.isfinite(flat).all())
 
 
 class _GradientHook:

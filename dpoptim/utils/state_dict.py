@@ -25,15 +25,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from dpoptim.partition import even_counts, start_offsets
+from dpoptim.partition import even_counts, owners_by_size, start_offsets
 
 __all__ = [
     "Form",
     "Slices",
     "from_named",
     "full_slices",
+    "groups_of",
     "is_slice",
+    "load_full_form",
     "reshard",
     "shard",
     "slices_by_element",
@@ -78,11 +81,8 @@ def slices_by_parameter(shapes: _Shapes, world_size: int) -> list[Slices]:
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
     if world_size < 1:
         raise ValueError(f"world_size must be >= 1, got {world_size}")
-    loads = [0] * world_size
     slices: list[Slices] = [dict.fromkeys(shapes, (0, 0)) for _ in range(world_size)]
-    for name in sorted(numels, key=lambda name: -numels[name]):
-        owner = loads.index(min(loads))
-        loads[owner] += numels[name]
+    for name, owner in zip(numels, owners_by_size(list(numels.values()), [0] * world_size), strict=True):
         slices[owner][name] = (0, numels[name])
     return slices
 
@@ -187,6 +187,35 @@ def from_named(form: Form) -> dict[str, Any]:
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in form["param_groups"]]
     others = {key: value for key, value in form.items() if key not in _OWN_ENTRIES}
     return {**others, "state": dict(sorted(state.items())), "param_groups": groups}
+
+
+def groups_of(form: Form, param_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a form's groups as torch loads them: parameters by number, ``param_names`` as these groups have them."""
+    start = 0
+    groups = []
+    for group, own in zip(form["param_groups"], param_groups, strict=True):
+        numbers = list(range(start, start + len(group["params"])))
+        start += len(numbers)
+        names = {"param_names": own["param_names"]} if "param_names" in own else {}
+        groups.append({**group, **names, "params": numbers})
+    return groups
+
+
+def load_full_form(optimizer: Optimizer, form: Form) -> None:
+    """Load a full form into an optimizer that holds everything, in the dtypes that the form has.
+
+    torch converts what it loads to the parameter's dtype, also the float32 scalars of ASGD and NAdam; that is put back,
+    except for ``step``, which some implementations want otherwise than others.
+    """
+    optimizer.load_state_dict({**from_named(form), "param_groups": groups_of(form, optimizer.param_groups)})
+    names = [name for group in form["param_groups"] for name in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        state = optimizer.state.get(parameter, {})
+        for key, value in form["state"].get(name, {}).items():
+            there = state.get(key)
+            if key != "step" and isinstance(value, Tensor) and isinstance(there, Tensor) and there.dtype != value.dtype:
+                state[key] = value.view(there.shape).to(there.device)
 
 
 # ------------------------------------------------------------------------------------------ from slices to slices

@@ -17,7 +17,7 @@ from dpoptim.utils.checkpoint.files import Reader
 from dpoptim.utils.checkpoint.index import StoredTensor
 from dpoptim.utils.checkpoint.tree import decode, encode
 from dpoptim.utils.consistency import digest
-from dpoptim.utils.state_dict import Form, Slices, from_named, full_slices, is_slice, to_named, unique_names
+from dpoptim.utils.state_dict import Form, Slices, full_slices, is_slice, load_full_form, to_named, unique_names
 
 __all__ = [
     "ModuleState",
@@ -260,23 +260,7 @@ def _load_local_form(optimizer: Any, names: Sequence[str], form: Form) -> None:
     if hasattr(optimizer, "load_local_state_dict"):
         optimizer.load_local_state_dict(_renamed(form, dict(zip(names, _own_names(optimizer), strict=True))))
         return
-    for group, own in zip(form["param_groups"], optimizer.param_groups, strict=True):
-        if "param_names" in own:
-            group["param_names"] = own["param_names"]
-    optimizer.load_state_dict(from_named(form))
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
-        _undo_casts(optimizer.state.get(parameter, {}), form["state"].get(name, {}))
-
-
-def _undo_casts(state: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Put back what torch has converted to the parameter's dtype, such as the float32 scalars of ASGD and NAdam.
-
-    Except ``step``, which some implementations want otherwise than others.
-    """
-    for key, value in saved.items():
-        there = state.get(key)
-        if key != "step" and isinstance(value, Tensor) and isinstance(there, Tensor) and there.dtype != value.dtype:
-            state[key] = value.view(there.shape).to(there.device)
+    load_full_form(optimizer, form)
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,0 +1,242 @@
+"""Divided: what differs in a DataParallelOptimizer whose ranks share the work, and the memory, of the step.
+
+Note [A divided step]
+---------------------
+Backward leaves each rank the mean of its part of the gradients. ``step`` steps that part and lets the owners exchange
+what they have stepped, in ``shard`` mode; in ``node_shared`` mode each has written to the node's one copy. A rank
+that does not come, or whose step fails, is found by a roll call before anything is waited for. With ``node_shared``
+there is one before the step as well: nobody writes to parameters that another rank still reads.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpoptim.bucket import Bucket
+from dpoptim.communicator import Communicator
+from dpoptim.errors import raised_on_all_ranks
+from dpoptim.node_shared import NodeShared
+from dpoptim.preconditions import needs_closure
+from dpoptim.sharded_step import ShardedStep, State, is_elementwise
+from dpoptim.sharding import Sharding
+from dpoptim.utils.state_dict import Form, Slices, is_slice
+
+__all__ = ["Divided", "divided"]
+
+logger = logging.getLogger(__name__)
+
+
+def divided(
+    optimizer: Optimizer, communicator: Communicator, parameters: Sequence[Tensor], *, shard: bool, node_shared: bool
+) -> "Divided | None":
+    """Return what divides an optimizer as it was asked for, or None if it stays replicated; collective.
+
+    Warns where the optimizer can't be divided, and logs where a node has no memory to share.
+    """
+    topology = communicator.topology
+    if not (shard or (node_shared and topology.num_nodes < communicator.world_size)) or communicator.world_size == 1:
+        return None
+    name = type(optimizer).__name__
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)) or needs_closure(optimizer):
+        why = "needs a closure" if needs_closure(optimizer) else "takes sparse gradients"
+        warnings.warn(f"{name} can't be divided among ranks, since it {why}: it stays replicated", stacklevel=3)
+        return None
+    memory = None
+    if node_shared:
+        try:
+            memory = NodeShared(communicator, parameters)
+        except OSError as error:
+            logger.warning(
+                "node_shared=True has one copy of the parameters a rank, as shard=True: %s (rank %d)",
+                error,
+                communicator.rank,
+            )
+    return Divided(optimizer, communicator, memory)
+
+
+class Divided:
+    """The divided step of one optimizer, its memory and its state.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        The user's. Its state is taken over.
+    communicator : Communicator
+        Of the wrapper alone.
+    memory : NodeShared, optional
+        Where parameters are to lie once a node.
+    """
+
+    def __init__(self, optimizer: Optimizer, communicator: Communicator, memory: NodeShared | None) -> None:
+        self._optimizer = optimizer
+        self._communicator = communicator
+        self._by_element = is_elementwise(optimizer)
+        self._step = ShardedStep(optimizer, by_element=self._by_element)
+        self._memory = memory
+        topology, node_shared = communicator.topology, memory is not None
+        self.sharding = Sharding(
+            num_owners=min(map(len, topology.nodes)) if node_shared else communicator.world_size,
+            num_ranks=topology.local_size if node_shared else communicator.world_size,
+            number=topology.local_rank if node_shared else communicator.rank,
+            by_element=self._by_element,
+            in_node=node_shared,
+        )
+
+    @property
+    def mode(self) -> str:
+        """``"sharded"`` or ``"node-shared"``."""
+        return "sharded" if self._memory is None else "node-shared"
+
+    def add(
+        self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int], names: Sequence[str]
+    ) -> None:
+        """Take over the parameters of new buckets, equal on all ranks; collective.
+
+        Parameters
+        ----------
+        buckets : sequence of Bucket
+            Divided by :attr:`sharding`.
+        parameters, groups, names : sequence
+            All parameters, the number of each one's group, and its name, as the buckets number them.
+        """
+        homes: Sequence[Tensor | None] = [None] * len(buckets)
+        if self._memory is not None:
+            homes = self._memory.add(buckets, parameters, names)
+        for bucket, home in zip(buckets, homes, strict=True):
+            members = [parameters[index] for index in bucket.indices]
+            self._step.add(bucket, members, groups[bucket.indices[0]], home)
+
+    # ---------------------------------------------------------------- the step
+
+    def step(self, buckets: Sequence[Bucket], meet: Callable[[str], object]) -> None:
+        """Step and exchange (Note [A divided step]); collective.
+
+        Parameters
+        ----------
+        buckets : sequence of Bucket
+            Those that are not asleep, the same on all ranks.
+        meet : callable
+            Meets all ranks for a purpose, and raises on all if one is there for another.
+        """
+        if self._memory is not None:
+            meet("beginning a step")
+        failure = None
+        try:
+            if self._memory is not None:
+                self._memory.check()
+            self._step.step()
+        except Exception as error:  # raised below, when all ranks know
+            failure = error
+        meet("a step" if failure is None else f"a step that failed: {type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if self._memory is None:
+            self._exchange(buckets)
+
+    @torch.no_grad()
+    def _exchange(self, buckets: Sequence[Bucket]) -> None:
+        for part in self._step.parts(buckets):
+            flat, division = part.to_gather(), part.division
+            self._communicator.all_gather(flat, flat[division.start : division.stop], counts=division.counts)
+            part.gathered()
+
+    # ---------------------------------------------------------------- gradients
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+        """Scale the gradients so that their global norm is at most ``max_norm``; collective."""
+        gradients = self._step.own_gradients()
+        by_rank = torch.zeros(self._communicator.world_size, dtype=torch.float64)
+        if gradients:
+            norms = torch.stack([norm.to("cpu", torch.float64) for norm in torch._foreach_norm(gradients, norm_type)])
+            by_rank[self._communicator.rank] = torch.linalg.vector_norm(norms, norm_type)
+        self._communicator.all_reduce(by_rank)
+        owners = self._communicator.topology.nodes[0] if self.sharding.in_node else range(len(by_rank))
+        total: Tensor = torch.linalg.vector_norm(by_rank[list(owners)], norm_type)
+        if error_if_nonfinite and not torch.isfinite(total):
+            message = f"the total norm of order {norm_type} of the gradients is {total}, so it can't be clipped"
+            raise raised_on_all_ranks(RuntimeError(message))
+        factor = float((max_norm / (total + 1e-6)).clamp(max=1.0))
+        if factor != 1.0:
+            torch._foreach_mul_(self._step.gradients_to_scale(), factor)
+        return total.to(self._step.norm_dtype())
+
+    # ---------------------------------------------------------------- memory
+
+    def begin_exclusive(self) -> None:
+        """Give all ranks but rank 0 private parameters; local."""
+        if self._memory is not None and self._communicator.rank != 0:
+            self._memory.make_private()
+
+    def end_exclusive(self) -> bool:
+        """Take over rank 0's parameters if they are shared, and say whether they are; collective then."""
+        if self._memory is not None:
+            self._memory.adopt()
+        return self._memory is not None
+
+    def abandon_exclusive(self) -> None:
+        """Share parameters again as they are; local."""
+        if self._memory is not None:
+            self._memory.make_shared()
+
+    def release(self) -> None:
+        """Give every rank parameters of its own; local."""
+        if self._memory is not None:
+            self._memory.make_private()
+
+    # ---------------------------------------------------------------- state
+
+    def slices(self, names: Sequence[str]) -> Slices:
+        """Return which elements of each parameter this rank owns, under these names; local."""
+        owned = self._step.slices()
+        return {name: owned.get(index, (0, 0)) for index, name in enumerate(names)}
+
+    def form(self, param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> Form:
+        """Return this rank's part of the state under these names; local, shares memory with the optimizer."""
+        shapes = _shapes(param_groups, names)
+        form: Form = {
+            "param_groups": _named_groups(param_groups, names),
+            "slices": self.slices(names),
+            "shapes": shapes,
+            "state": {},
+        }
+        for index, entry in sorted(self._step.state().items()):
+            name = names[index]
+            values = form["state"][name] = dict(entry)
+            if self._by_element:
+                continue
+            for key, value in values.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == shapes[name] != ():
+                    values[key] = value.reshape(-1)
+                elif is_slice(form, name, key):
+                    form.setdefault("whole", {}).setdefault(name, []).append(key)
+        return form
+
+    def load_form(self, form: Form, names: Sequence[str]) -> None:
+        """Take over the state of a form with this rank's slices; local."""
+        state: dict[int, State] = {}
+        for index, name in enumerate(names):
+            entry = form["state"].get(name)
+            if entry:
+                state[index] = {
+                    key: value.view(tuple(form["shapes"][name]))
+                    if not self._by_element and is_slice(form, name, key)
+                    else value
+                    for key, value in entry.items()
+                }
+        self._step.load(state)
+
+
+def _shapes(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    parameters = [parameter for group in param_groups for parameter in group["params"]]
+    return {name: tuple(parameter.shape) for name, parameter in zip(names, parameters, strict=True)}
+
+
+def _named_groups(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    rest = iter(names)
+    return [{**group, "params": [next(rest) for _ in group["params"]]} for group in param_groups]

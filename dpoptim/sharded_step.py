@@ -1,0 +1,397 @@
+"""ShardedStep: an optimizer's step on the part of the parameters that this rank owns. Nothing collective.
+
+Note [Units]
+------------
+A copy of the user's optimizer steps *units*. Where parameters are divided by element, a unit is a flat tensor: what
+this rank owns of a bucket, or a run of it. Elementwise optimizers give each element the same as if its parameter were
+stepped whole, so that one call steps hundreds of small tensors. All parameters of a unit must be alike: of one group,
+and of one history of gradients, since torch skips a parameter without one, and ``step`` counts on. A unit of which
+only some have a gradient is cut where that changes, with its state, and stays cut. Where parameters are divided whole,
+each one that this rank owns is a unit.
+
+Note [Where units lie]
+----------------------
+A unit of a large parameter is a view of it, and one in memory that the node shares (:mod:`dpoptim.node_shared`) is a
+view of that: nothing is copied. Small parameters are the user's, wherever they are: what this rank owns of them is
+copied into a flat buffer before the step, and all of them out of it when the ranks have exchanged it.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpoptim.bucket import Bucket
+from dpoptim.flat_step import FlatStep
+from dpoptim.partition import Piece
+
+__all__ = ["NUMBERS", "ShardedStep", "State", "is_elementwise"]
+
+# What optimizers count for a parameter as a whole, rather than for its elements.
+NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
+
+_ELEMENTWISE = (
+    "ASGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+)
+
+# One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
+State = dict[str, Any]
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether an optimizer treats each element by itself, so that parameters may be cut.
+
+    torch's and dpoptim's own classes are known; another says so by an attribute ``is_elementwise = True`` of the class
+    itself. A subclass may do anything, so it does not inherit the property.
+    """
+    kind = type(optimizer)
+    if kind.__module__.split(".")[0] in ("torch", "dpoptim"):
+        return kind.__name__ in _ELEMENTWISE
+    return bool(vars(kind).get("is_elementwise", False))
+
+
+class ShardedStep:
+    """Steps what this rank owns of the parameters.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        The user's; its hyper-parameters are read at each step, its state is taken over.
+    by_element : bool
+        Whether parameters are divided by element (Note [Units]).
+    """
+
+    def __init__(self, optimizer: Optimizer, *, by_element: bool) -> None:
+        self._optimizer = optimizer
+        self._by_element = by_element
+        self._parts: list[_Part] = []
+        self._inner: Optimizer = object.__new__(type(optimizer))
+        self._inner.__dict__.update(optimizer.__dict__)
+        self._inner.state = defaultdict(dict)
+        self._inner.param_groups = []
+        FlatStep.of(self._inner).compiled = FlatStep.of(optimizer).compiled
+
+    def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
+        """Take over the parameters of a divided bucket.
+
+        Parameters
+        ----------
+        bucket : Bucket
+            Which elements this rank owns.
+        parameters : sequence of Tensor
+            Those of the bucket, in its order.
+        group : int
+            The number of their parameter group.
+        home : Tensor, optional
+            The flat memory in which they all lie for good, if they do.
+        """
+        self._parts.append(_Part(bucket, parameters, group, home, by_element=self._by_element))
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step what this rank owns with the gradients as they are in ``p.grad``."""
+        self._follow_hyper_parameters()
+        units = [self._units_with_gradient(part) for part in self._parts]
+        for part, active in zip(self._parts, units, strict=True):
+            self._inner.param_groups[part.group]["params"] += [unit.tensor for unit in active]
+        stepped = [unit.tensor for active in units for unit in active]
+        if not stepped:
+            return
+        try:
+            step = type(self._inner).step
+            # Step hooks have run on the wrapper; the class's own step would run the global ones again.
+            getattr(step, "__wrapped__", step)(self._inner)
+        finally:
+            for tensor in stepped:
+                tensor.grad = None
+
+    def parts(self, buckets: Sequence[Bucket]) -> "list[_Part]":
+        """Return what stands for the parameters of these buckets when owners exchange them."""
+        wanted = {id(bucket) for bucket in buckets}
+        return [part for part in self._parts if id(part.bucket) in wanted]
+
+    @torch.no_grad()
+    def own_gradients(self) -> list[Tensor]:
+        """Return what this rank owns of every gradient, flat; a copy where a gradient is not contiguous."""
+        return [
+            _flat_piece(gradient, piece)
+            for part in self._parts
+            for piece in part.bucket.own_pieces
+            if (gradient := part.parameters[piece.position].grad) is not None
+        ]
+
+    def gradients_to_scale(self) -> list[Tensor]:
+        """Return tensors in place of :meth:`own_gradients` that may be multiplied in place."""
+        return [
+            _flat_piece(gradient, piece) if gradient.is_contiguous() else gradient
+            for part in self._parts
+            for piece in part.bucket.own_pieces
+            if (gradient := part.parameters[piece.position].grad) is not None
+        ]
+
+    def norm_dtype(self) -> torch.dtype:
+        """Return the dtype of a norm of all gradients, the same on all ranks."""
+        dtypes = [part.bucket.dtype.to_real() for part in self._parts]
+        return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+    def _follow_hyper_parameters(self) -> None:
+        """Copy the groups' options, which schedulers and users write to, and empty their lists."""
+        groups = self._inner.param_groups
+        for number, live in enumerate(self._optimizer.param_groups):
+            options = {key: value for key, value in live.items() if key not in ("params", "param_names")}
+            if number < len(groups):
+                groups[number].clear()
+                groups[number].update(options, params=[])
+            else:
+                groups.append({**options, "params": []})
+
+    def _units_with_gradient(self, part: "_Part") -> list["_Unit"]:
+        """Return the units to step, with their gradients; cut those of which only some parameters have one."""
+        has_gradient = [parameter.grad is not None for parameter in part.parameters]
+        if not any(has_gradient):
+            return []
+        units: list[_Unit] = []
+        for unit in part.units:
+            flags = [has_gradient[piece.position] for piece in unit.pieces]
+            units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)
+        part.units = units
+        active = [unit for unit in units if has_gradient[unit.pieces[0].position]]
+        part.load(active, self._inner.state)
+        return active
+
+    def _cut_unit(self, unit: "_Unit", flags: Sequence[bool]) -> list["_Unit"]:
+        """Cut a unit where the flags of its pieces change, with its state."""
+        state = self._inner.state.pop(unit.tensor, None)
+        units = []
+        for pieces in _runs(unit.pieces, flags):
+            first, numel = pieces[0].offset - unit.start, sum(piece.numel for piece in pieces)
+            cut = _Unit(pieces, unit.tensor[first : first + numel])
+            if state is not None:
+                self._inner.state[cut.tensor] = {
+                    key: value[first : first + numel].clone() if _is_flat(value) else copy.deepcopy(value)
+                    for key, value in state.items()
+                }
+            units.append(cut)
+        return units
+
+    # ---------------------------------------------------------------- state
+
+    def slices(self) -> dict[int, tuple[int, int]]:
+        """Return which elements of each parameter this rank owns, by the parameter's number."""
+        found = {index: (0, 0) for part in self._parts for index in part.bucket.indices}
+        for part in self._parts:
+            for piece in part.bucket.own_pieces:
+                found[part.bucket.indices[piece.position]] = (piece.start, piece.stop)
+        return found
+
+    def state(self) -> dict[int, State]:
+        """Return the state of what this rank owns, by the parameter's number; it shares memory with the optimizer."""
+        found: dict[int, State] = {}
+        for part in self._parts:
+            for unit in part.units:
+                entry = self._inner.state.get(unit.tensor)
+                if not entry:
+                    continue
+                for piece in unit.pieces:
+                    first = piece.offset - unit.start
+                    found[part.bucket.indices[piece.position]] = {
+                        key: value[first : first + piece.numel] if self._by_element and _is_flat(value) else value
+                        for key, value in entry.items()
+                    }
+        return found
+
+    @torch.no_grad()
+    def load(self, state: Mapping[int, State]) -> None:
+        """Take over copies of the state of what this rank owns, in the form of :meth:`state`."""
+        self._inner.state = defaultdict(dict)
+        self._follow_hyper_parameters()
+        for part in self._parts:
+            entries = [state.get(part.bucket.indices[piece.position]) or {} for piece in part.bucket.own_pieces]
+            if self._by_element:  # the elements of a parameter without dimensions look like a number
+                entries = [
+                    {k: v.view(-1) if isinstance(v, Tensor) and k not in NUMBERS else v for k, v in entry.items()}
+                    for entry in entries
+                ]
+            part.units = part.new_units([_kind(entry) for entry in entries])
+            by_piece = dict(zip(part.bucket.own_pieces, entries, strict=True))
+            for unit in part.units:
+                self._inner.param_groups[part.group]["params"].append(unit.tensor)
+                members = [by_piece[piece] for piece in unit.pieces]
+                if members[0]:
+                    self._inner.state[unit.tensor] = {
+                        key: torch.cat([entry[key] for entry in members])
+                        if self._by_element and _is_flat(value)
+                        else copy.deepcopy(value)
+                        for key, value in members[0].items()
+                    }
+        # What the class itself adjusts in a state, such as the device of `step` or options that were added later.
+        self._inner.__setstate__({"state": self._inner.state, "param_groups": self._inner.param_groups})
+
+
+class _Unit:
+    """What the optimizer steps at once (Note [Units])."""
+
+    def __init__(self, pieces: Sequence[Piece], tensor: Tensor) -> None:
+        self.pieces = list(pieces)
+        self.tensor = tensor
+        self.start = self.pieces[0].offset
+
+
+class _Part:
+    """A bucket's parameters, and what of them this rank steps (Note [Where units lie])."""
+
+    def __init__(
+        self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None, *, by_element: bool
+    ) -> None:
+        assert bucket.division is not None
+        self.bucket = bucket
+        self.division = bucket.division
+        self.parameters = list(parameters)
+        self.group = group
+        self._by_element = by_element
+        self._home = home
+        self._buffer: Tensor | None = None
+        self._mirror: _Mirror | None = None
+        self._gradients: _Mirror | None = None
+        if home is None and (len(parameters) > 1 or not parameters[0].is_contiguous()):
+            self._buffer = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+            own = self._buffer[self.division.start : self.division.stop]
+            self._mirror = _Mirror(own, bucket.own_pieces, bucket.shapes)
+            parts = self._buffer.split([parameter.numel() for parameter in parameters])
+            self._views = [part.view(shape) for part, shape in zip(parts, bucket.shapes, strict=True)]
+        self.units = self.new_units([None] * len(bucket.own_pieces))
+
+    def new_units(self, kinds: Sequence[Any]) -> list[_Unit]:
+        """Return one unit for each run of pieces of one kind, or for each parameter if they are not cut."""
+        pieces = self.bucket.own_pieces
+        if not self._by_element:
+            return [_Unit([piece], self.parameters[piece.position].detach()) for piece in pieces]
+        own = self._own()
+        return [_Unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in _runs(pieces, kinds)]
+
+    def load(self, units: Sequence[_Unit], state: Any) -> None:
+        """Give the units what the parameters and the gradients are now."""
+        self._follow_moves(state)
+        gradients = [parameter.grad for parameter in self.parameters]
+        if not self._by_element:
+            for unit in units:
+                unit.tensor.grad = gradients[unit.pieces[0].position]
+            return
+        if self._mirror is not None:
+            self._mirror.copy_in(self.parameters)
+        if len(self.parameters) == 1:
+            (gradient,) = gradients
+            for unit in units:
+                unit.tensor.grad = None if gradient is None else _flat_piece(gradient, unit.pieces[0])
+            return
+        if self._gradients is None:
+            flat = torch.empty(self._own().numel(), dtype=self.bucket.dtype, device=self.bucket.device)
+            self._gradients = _Mirror(flat, self.bucket.own_pieces, self.bucket.shapes)
+        self._gradients.copy_in(gradients)
+        for unit in units:
+            unit.tensor.grad = self._gradients.flat[unit.start : unit.start + unit.tensor.numel()]
+
+    def to_gather(self) -> Tensor:
+        """Return the flat tensor of which this rank has its part ready, and the other owners theirs."""
+        if self._buffer is None:
+            return self.parameters[0].detach().view(-1)
+        if not self._by_element:
+            assert self._mirror is not None
+            self._mirror.copy_in(self.parameters)
+        return self._buffer
+
+    def gathered(self) -> None:
+        """Bring what the owners have sent to the parameters."""
+        if self._buffer is not None:
+            torch._foreach_copy_(self.parameters, self._views)
+
+    def _own(self) -> Tensor:
+        """Return the flat memory of what this rank owns, to step in place."""
+        flat = self._home if self._home is not None else self._buffer
+        if flat is None:
+            flat = self.parameters[0].detach().view(-1)
+        return flat[self.division.start : self.division.stop]
+
+    def _follow_moves(self, state: Any) -> None:
+        """Let units that are views of parameters follow them to other memory, such as by ``p.data = ...``."""
+        if self._by_element and (self._home is not None or self._buffer is not None):
+            return
+        for unit in self.units:
+            piece = unit.pieces[0]
+            parameter = self.parameters[piece.position].detach()
+            now = _flat_piece(parameter, piece) if self._by_element else parameter
+            if now.data_ptr() != unit.tensor.data_ptr():
+                entry = state.pop(unit.tensor, None)
+                unit.tensor = now
+                if entry is not None:
+                    state[now] = entry
+
+
+class _Mirror:
+    """Flat memory that stands for pieces of tensors, which are copied into it."""
+
+    def __init__(self, flat: Tensor, pieces: Sequence[Piece], shapes: Sequence[torch.Size]) -> None:
+        self.flat = flat
+        self._pieces = pieces
+        self._views = []
+        for piece in pieces:
+            view = flat[piece.offset : piece.offset + piece.numel]
+            shape = shapes[piece.position]
+            self._views.append(view.view(shape) if shape.numel() == piece.numel else view)
+
+    def copy_in(self, tensors: Sequence[Tensor | None]) -> None:
+        targets, sources = [], []
+        for piece, view in zip(self._pieces, self._views, strict=True):
+            tensor = tensors[piece.position]
+            if tensor is not None:
+                targets.append(view)
+                sources.append(tensor if piece.numel == tensor.numel() else _flat_piece(tensor, piece))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+
+def _flat_piece(tensor: Tensor, piece: Piece) -> Tensor:
+    """Return a piece of a tensor as a flat view; a copy if the tensor is not contiguous."""
+    return tensor.reshape(-1)[piece.start : piece.stop]
+
+
+def _runs(pieces: Sequence[Piece], kinds: Sequence[Any]) -> list[list[Piece]]:
+    """Divide pieces into runs of one kind."""
+    runs: list[list[Piece]] = []
+    previous: Any = None
+    for piece, kind in zip(pieces, kinds, strict=True):
+        if runs and kind == previous:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+        previous = kind
+    return runs
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value in the state of a flat unit is one of its elements, rather than a number."""
+    return isinstance(value, Tensor) and value.dim() == 1
+
+
+def _kind(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what the states of parameters that are stepped as one must have in common."""
+    return tuple(
+        (key, value.dtype if _is_flat(value) else value.item() if isinstance(value, Tensor) else value)
+        for key, value in sorted(entry.items())
+    )
