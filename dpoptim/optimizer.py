@@ -3,6 +3,7 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, cast
 
@@ -13,8 +14,17 @@ from torch.optim import Optimizer
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.communicator import Communicator, available_cores
 from dpoptim.divided import divided
-from dpoptim.preconditions import check_closure, check_loadable, check_one_group, naming_gradients
-from dpoptim.reducer import Reducer, is_reduced
+from dpoptim.divided_reducer import DividedReducer
+from dpoptim.preconditions import (
+    already_reduced,
+    argument_error,
+    check_closure,
+    check_loadable,
+    check_one_group,
+    division_error,
+    naming_gradients,
+)
+from dpoptim.reducer import Reducer
 from dpoptim.roll_call import RollCall
 from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
@@ -92,8 +102,7 @@ class DataParallelOptimizer(Optimizer):
 
     With ``shard`` or ``node_shared`` ``p.grad`` holds the global mean in the elements that this rank owns alone, and
     values of no meaning in the rest: use :meth:`clip_grad_norm_` instead of torch's (``clip_grad_value_`` and
-    ``GradScaler`` work), clear gradients by :meth:`zero_grad` or to None, and let all but the last of several backward
-    passes run in :meth:`no_sync`. The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
+    ``GradScaler`` work). The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
     use :meth:`full_state_dict` or :mod:`dpoptim.utils.checkpoint`. Optimizers that treat each element by itself are
     divided by element: those of torch but Adafactor and Muon, and any class that has ``is_elementwise = True``. All
     others are divided by whole parameter. LBFGS, SparseAdam and optimizers that need a closure stay replicated, with a
@@ -116,8 +125,9 @@ class DataParallelOptimizer(Optimizer):
         roll_call = RollCall.of(comm)
         raise_together(
             roll_call.communicator,
-            _argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
-            or _division_error(optimizer, shard, node_shared),
+            _wrapped_twice(optimizer)
+            or argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
+            or division_error(optimizer, shard, node_shared),
         )
         self._roll_call = roll_call
         self._optimizer = optimizer
@@ -152,13 +162,15 @@ class DataParallelOptimizer(Optimizer):
             own = {id(parameter) for parameter in self._parameters()}
             self._broadcast([t for t in (*module.parameters(), *module.buffers()) if id(t) not in own])
         self._divided = divided(optimizer, self._communicator, self._parameters(), shard=shard, node_shared=node_shared)
-        self._reducer = Reducer(
+        make_reducer: Callable[..., Reducer] = Reducer
+        if self._divided is not None:
+            make_reducer = partial(DividedReducer, self._divided.sharding)
+        self._reducer = make_reducer(
             self._communicator,
             roll_call,
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
             accumulate=accumulate,
-            sharding=None if self._divided is None else self._divided.sharding,
         )
         if accumulate > 1:  # around torch's own hooks, which run only when a step is made
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
@@ -232,7 +244,7 @@ class DataParallelOptimizer(Optimizer):
         if self._reducer.num_accumulated:
             return
         self._optimizer.zero_grad(set_to_none)
-        self._reducer.clear_marks()
+        self._reducer.note_cleared()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to train, with hyper-parameters of their own; collective.
@@ -251,7 +263,7 @@ class DataParallelOptimizer(Optimizer):
         except (TypeError, ValueError) as caught:
             error = caught
         if error is None:
-            error = _already_reduced(param_group["params"])
+            error = already_reduced(param_group["params"])
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
@@ -578,11 +590,10 @@ class DataParallelOptimizer(Optimizer):
         """Reduce, and divide, the parameters from this one on, which are equal on all ranks; collective."""
         parameters, names = self._parameters(), self._names()
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
-        known = {*map(id, self._reducer.buckets), *map(id, self._reducer.sleeping_buckets)}
+        known = set(map(id, self._reducer.all_buckets))
         self._reducer.add_parameters(parameters[start:], names[start:], groups[start:])
         if self._divided is not None:
-            buckets = [*self._reducer.buckets, *self._reducer.sleeping_buckets]
-            new = [bucket for bucket in buckets if id(bucket) not in known]
+            new = [bucket for bucket in self._reducer.all_buckets if id(bucket) not in known]
             self._divided.add(new, parameters, groups, names)
 
     def _divide_state(self) -> None:
@@ -668,52 +679,9 @@ _HOOK_DICTS = (
 )
 
 
-def _argument_error(
-    optimizer: object, module: object, bucket_mb: float, overlap: bool | str, comm_hook: object, accumulate: object
-) -> Exception | None:
-    """Return what is wrong with the arguments of this rank, if anything is."""
+def _wrapped_twice(optimizer: object) -> TypeError | None:
     if isinstance(optimizer, DataParallelOptimizer):
         return TypeError("optimizer is already a DataParallelOptimizer: wrap the torch optimizer, once")
-    if not isinstance(optimizer, Optimizer):
-        return TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if module is not None and not isinstance(module, nn.Module):
-        return TypeError(f"module must be a torch.nn.Module or None, got {type(module).__name__}")
-    if not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
-        return ValueError(f"bucket_mb must be > 0, got {bucket_mb!r}")
-    if overlap not in ("auto", True, False):
-        return ValueError(f'overlap must be "auto", True or False, got {overlap!r}')
-    if comm_hook is not None and not callable(comm_hook):
-        return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        return ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}")
-    return _already_reduced([parameter for group in optimizer.param_groups for parameter in group["params"]])
-
-
-def _division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
-    """Return what is wrong with how the step is to be divided, if anything is."""
-    for name, value in (("shard", shard), ("node_shared", node_shared)):
-        if not isinstance(value, bool):
-            return TypeError(f"{name} must be True or False, got {value!r}")
-    if not (shard or node_shared):
-        return None
-    if shard and node_shared:
-        return ValueError("shard and node_shared exclude each other: node_shared divides the step as well")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        return ValueError("differentiable=True does not go with shard or node_shared, which step parts of parameters")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    other = next((parameter.device for parameter in parameters if parameter.device.type != "cpu"), None)
-    if node_shared and other is not None:
-        return ValueError(f"node_shared=True needs all parameters on cpu, got one on {other}: use shard=True")
-    return None
-
-
-def _already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
-    for index, parameter in enumerate(parameters):
-        if is_reduced(parameter):
-            return ValueError(
-                f"parameter {index} of shape {tuple(parameter.shape)} belongs to another DataParallelOptimizer: "
-                "detach() that one first"
-            )
     return None
 
 

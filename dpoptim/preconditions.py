@@ -7,13 +7,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.reducer import is_reduced
 from dpoptim.sharded_step import NUMBERS
 
-__all__ = ["check_closure", "check_loadable", "check_one_group", "naming_gradients", "needs_closure"]
+__all__ = [
+    "already_reduced",
+    "argument_error",
+    "check_closure",
+    "check_loadable",
+    "check_one_group",
+    "division_error",
+    "naming_gradients",
+    "needs_closure",
+]
 
 # What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
 _STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -38,6 +48,54 @@ _STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 # Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
 _ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 _NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
+
+
+def argument_error(
+    optimizer: object, module: object, bucket_mb: float, overlap: bool | str, comm_hook: object, accumulate: object
+) -> Exception | None:
+    """Return what is wrong with the arguments of this rank, if anything is."""
+    if not isinstance(optimizer, Optimizer):
+        return TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if module is not None and not isinstance(module, nn.Module):
+        return TypeError(f"module must be a torch.nn.Module or None, got {type(module).__name__}")
+    if not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
+        return ValueError(f"bucket_mb must be > 0, got {bucket_mb!r}")
+    if overlap not in ("auto", True, False):
+        return ValueError(f'overlap must be "auto", True or False, got {overlap!r}')
+    if comm_hook is not None and not callable(comm_hook):
+        return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        return ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}")
+    return already_reduced([parameter for group in optimizer.param_groups for parameter in group["params"]])
+
+
+def division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
+    """Return what is wrong with how the step is to be divided, if anything is."""
+    for name, value in (("shard", shard), ("node_shared", node_shared)):
+        if not isinstance(value, bool):
+            return TypeError(f"{name} must be True or False, got {value!r}")
+    if not (shard or node_shared):
+        return None
+    if shard and node_shared:
+        return ValueError("shard and node_shared exclude each other: node_shared divides the step as well")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return ValueError("differentiable=True does not go with shard or node_shared, which step parts of parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    other = next((parameter.device for parameter in parameters if parameter.device.type != "cpu"), None)
+    if node_shared and other is not None:
+        return ValueError(f"node_shared=True needs all parameters on cpu, got one on {other}: use shard=True")
+    return None
+
+
+def already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
+    """Return an error if one of these parameters belongs to an optimizer. Local."""
+    for index, parameter in enumerate(parameters):
+        if is_reduced(parameter):
+            return ValueError(
+                f"parameter {index} of shape {tuple(parameter.shape)} belongs to another DataParallelOptimizer: "
+                "detach() that one first"
+            )
+    return None
 
 
 def check_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -19,19 +19,10 @@ The autograd engine runs a queued callback when its graph task ends. Reentrant c
 inside others: there the callback sees an evaluating node and leaves the work to the outer task's callback. If no
 hook fires in the outer task any more, ``step`` finishes the reduction. A rank on which no parameter got a gradient
 has no callback at all: it joins the others in ``step``.
-
-Note [Divided gradients]
-------------------------
-Where ranks share the work of the step, each receives the mean of its own part of the gradients alone; the rest of
-``p.grad`` keeps this rank's values. Two things follow. A later backward must not add to such a gradient, which is
-partly reduced: it is marked, and must be new or cleared the next time, or all ranks raise an error. And ``GradScaler``
-looks for infinite gradients on each rank by itself: if any rank's part has one, the others get one into the
-rest, so that all find it. Buckets and their order are fixed (Note [Who owns what] in sharding.py); they are not planned
-anew but woken.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +37,8 @@ from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import group_by_size
 from dpoptim.roll_call import RollCall
-from dpoptim.sharding import Entry, Sharding
 
-__all__ = ["Reducer", "is_reduced"]
+__all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
 
 
 # A gradient of at least so many bytes travels alone, from its own memory: copying it into and out of a bucket costs
@@ -57,7 +47,7 @@ _ALONE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """What one rank tells the others when something has changed (Note [Who had a gradient])."""
 
     had_gradient: bytes
@@ -83,8 +73,6 @@ class Reducer:
         A bucket of several gradients has at most so many bytes.
     accumulate : int
         How many batches make one mean.
-    sharding : Sharding, optional
-        Who receives which part of the mean (Note [Divided gradients]); by default everybody all of it.
 
     Attributes
     ----------
@@ -104,7 +92,6 @@ class Reducer:
         comm_hook: CommHook,
         bucket_bytes: int,
         accumulate: int = 1,
-        sharding: Sharding | None = None,
     ) -> None:
         self.communicator = communicator
         self.batch_weight = 1.0
@@ -116,13 +103,11 @@ class Reducer:
         self._number = roll_call.enroll()
         self._comm_hook = comm_hook
         self._bucket_bytes = bucket_bytes
-        self._sharding = sharding
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._handles: list[Any] = []
         # The plan, equal on all ranks.
         self._buckets: list[Bucket] = []
-        self._asleep: list[Bucket] = []
         self._place: dict[int, tuple[Bucket, int]] = {}
         self._sparse_dims: dict[int, int] = {}
         self._had_anywhere: list[int] = []
@@ -133,7 +118,6 @@ class Reducer:
         self._reduced_since_step = False
         self._tasks: set[int] = set()
         self._had_gradient: bytes | None = None
-        self._mark = 0
         # The reduction under way.
         self._scale: float | None = None
         self._arrived: list[int] = []
@@ -155,13 +139,9 @@ class Reducer:
             for index, parameter in enumerate(parameters, start):
                 if not parameter.is_floating_point() and not parameter.is_complex():
                     continue  # can never have a gradient
-                self._handles.append(_add_hook(parameter, _GradientHook(self, index)))
+                self._handles.append(add_hook(parameter, partial(_after_adding, self, index)))
         self._had_gradient = None
-        if self._sharding is not None:
-            self._divide(self._sharding, start, groups)
-            return
-        self._order = []
-        self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
+        self._plan_for(start, groups)
 
     def reduce_over(self, communicator: Communicator, roll_call: RollCall) -> None:
         """Reduce over these ranks from the next backward on; all of them call it, between the same two steps.
@@ -189,17 +169,16 @@ class Reducer:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The plan, the same on all ranks, in the order in which buckets are reduced; without those that sleep."""
+        """The plan, the same on all ranks, in the order in which buckets are reduced."""
         return self._buckets
 
     @property
-    def sleeping_buckets(self) -> list[Bucket]:
-        """The buckets that are not reduced, since no rank trains their parameters."""
-        return self._asleep
+    def all_buckets(self) -> list[Bucket]:
+        """The plan with what is not reduced for now."""
+        return self._buckets
 
-    def clear_marks(self) -> None:
-        """Note that all gradients are cleared in their place (Note [Divided gradients])."""
-        self._mark += 1
+    def note_cleared(self) -> None:
+        """Take note that all gradients were cleared, perhaps in their place."""
 
     def finish(self) -> None:
         """Reduce now what has not been reduced since the last step; collective in that case.
@@ -300,24 +279,21 @@ class Reducer:
     def _take_over(self) -> None:
         """Turn reduced buckets into gradients, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
-        is_finite = self._sharding is None or all(_is_finite(bucket.own) for bucket in self._buckets)
-        if self._sharding is not None and self._marked():
-            self._misfit = True
-        flags = torch.tensor([float(self._misfit or had_gradient != self._had_gradient), float(not is_finite)])
+        flags = torch.tensor(self._flags(had_gradient))
         self.communicator.all_reduce(flags)
-        changed, num_not_finite = flags.tolist()
-        reports = self._exchange_reports(had_gradient) if changed else None
+        reports = self._exchange_reports(had_gradient) if flags[0].item() else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()
-        if self._sharding is not None:
-            if reports is not None and self._wake(reports):
-                self._take_over_woken()
-            if num_not_finite and is_finite:
-                self._spoil()
-            self._set_marks()
-            return
+        self._settle(reports, flags)
+
+    def _flags(self, had_gradient: bytes) -> list[float]:
+        """Return numbers whose sum over ranks all are told; the first says that something has changed."""
+        return [float(self._misfit or had_gradient != self._had_gradient)]
+
+    def _settle(self, reports: Sequence[Report] | None, flags: Tensor) -> None:  # noqa: ARG002  others need them
+        """Do what is left when all buckets are reduced: what no bucket was planned for, and the next plan."""
         if reports is not None:
             self._reduce_outsiders()
         for index, sparse_dim in self._sparse_dims.items():
@@ -348,82 +324,6 @@ class Reducer:
         self._num_no_sync = 0
         self.has_local_gradients = False
         self._reduced_since_step = True
-
-    # ---------------------------------------------------------------- divided gradients
-
-    def _divide(self, sharding: Sharding, start: int, groups: Sequence[int]) -> None:
-        """Plan the buckets of new parameters; those that are frozen sleep."""
-        entries = [
-            Entry(index, self._parameters[index], groups[index - start])
-            for index in reversed(range(start, len(self._parameters)))
-            if self._parameters[index].is_floating_point() or self._parameters[index].is_complex()
-        ]
-        trained = [entry for entry in entries if entry.parameter.requires_grad]
-        frozen = [entry for entry in entries if not entry.parameter.requires_grad]
-        for bucket in sharding.divide(trained, self._bucket_bytes):
-            self._rouse(bucket)
-        self._asleep += sharding.divide(frozen, self._bucket_bytes)
-        self._order = [index for bucket in self._buckets for index in bucket.indices]
-
-    def _rouse(self, bucket: Bucket) -> None:
-        self._buckets.append(bucket)
-        self._place |= {index: (bucket, position) for position, index in enumerate(bucket.indices)}
-
-    def _wake(self, reports: Sequence[_Report]) -> bool:
-        """Rouse buckets of which a parameter is trained now; the same on all ranks."""
-        for index, dims in self._sparse_dims.items():
-            message = (
-                f"{self._describe(index)} has a sparse gradient ({dims} sparse dims), which can't be divided among "
-                "ranks: give it to an optimizer of its own, without shard and node_shared"
-            )
-            raise raised_on_all_ranks(RuntimeError(message))
-        wanted = {index for report in reports for index, trained in enumerate(report.trainable) if trained}
-        wanted |= set(self._had_anywhere)
-        woken = [bucket for bucket in self._asleep if not wanted.isdisjoint(bucket.indices)]
-        for bucket in woken:
-            self._asleep.remove(bucket)
-            self._rouse(bucket)
-        return bool(woken)
-
-    def _take_over_woken(self) -> None:
-        """Reduce the buckets that were asleep when this reduction began; collective."""
-        num_reduced = len(self._launched)
-        for bucket in self._buckets[num_reduced:]:
-            self._launch(bucket)
-        for bucket, work in self._launched[num_reduced:]:
-            work.wait()
-            bucket.unpack(self._gradients(bucket))
-        self._give_gradients()
-
-    def _spoil(self) -> None:
-        """Put an infinite number where it is seen and not used: another rank's part has one."""
-        for bucket in self._buckets:
-            whole = {
-                piece.position for piece in bucket.own_pieces if piece.numel == bucket.shapes[piece.position].numel()
-            }
-            for position, index in enumerate(bucket.indices):
-                gradient = self._parameters[index].grad
-                if gradient is None or not gradient.numel() or position in whole:
-                    continue
-                owned = next((p for p in bucket.own_pieces if p.position == position), None)
-                element = 0 if owned is None or owned.start > 0 else owned.stop
-                with torch.no_grad():
-                    gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
-                return
-
-    def _marked(self) -> list[int]:
-        """Return the parameters whose gradients are those of the last reduction, added to."""
-        return [
-            index
-            for index, parameter in enumerate(self._parameters)
-            if parameter.grad is not None and getattr(parameter.grad, _MARK, None) == (id(self), self._mark)
-        ]
-
-    def _set_marks(self) -> None:
-        mark = (id(self), self._mark)
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                setattr(parameter.grad, _MARK, mark)
 
     def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
         return [self._parameters[index].grad for index in bucket.indices]
@@ -480,6 +380,11 @@ class Reducer:
     def _default_order(self) -> list[int]:
         return list(reversed(range(len(self._parameters))))
 
+    def _plan_for(self, start: int, groups: Sequence[int]) -> None:  # noqa: ARG002  others need them
+        """Plan with the new parameters from ``start`` on, of these parameter groups."""
+        self._order = []
+        self._plan([index for index in self._default_order() if self._parameters[index].requires_grad])
+
     def _plan(self, order: Sequence[int]) -> None:
         """Divide these parameters among buckets; the same on all ranks (Note [Bucket order])."""
         small: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -500,31 +405,17 @@ class Reducer:
             index: (bucket, position) for bucket in self._buckets for position, index in enumerate(bucket.indices)
         }
 
-    def _exchange_reports(self, had_gradient: bytes) -> list[_Report]:
+    def _exchange_reports(self, had_gradient: bytes) -> list[Report]:
         """Tell all ranks what this one has seen, and raise on all what is an error on one; collective."""
         gradients = {i: p.grad for i, p in enumerate(self._parameters) if p.grad is not None}
-        misfits = {
-            index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
-            f"{bucket.device} when the optimizer was constructed (on rank {self.communicator.rank}): move or convert "
-            "the model first, then construct the optimizer"
-            for index, (bucket, _) in sorted(self._place.items(), key=lambda item: item[0])
-            if (gradient := gradients.get(index)) is not None and not gradient.is_sparse and not bucket.fits(gradient)
-        }
-        if self._sharding is not None:
-            misfits |= {
-                index: f"the gradient of {self._describe(index)} was reduced, so that each rank has its part of the "
-                "mean alone, and then added to by another backward(): clear gradients by opt.zero_grad() or to None, "
-                "and let all but the last backward() of several run in opt.no_sync()"
-                for index in self._marked()
-            }
-        own = _Report(
+        own = Report(
             had_gradient=had_gradient,
             trainable=bytes([parameter.requires_grad for parameter in self._parameters]),
             sparse_dims={i: g.sparse_dim() for i, g in gradients.items() if g.is_sparse},
-            misfits=misfits,
+            misfits=self._misfits(gradients),
             order=list(dict.fromkeys(self._arrived)) if self.communicator.rank == 0 else [],
         )
-        reports: list[_Report] = self.communicator.all_gather_object(own)
+        reports: list[Report] = self.communicator.all_gather_object(own)
         for report in reports:
             for misfit in report.misfits.values():
                 raise raised_on_all_ranks(RuntimeError(misfit))
@@ -535,7 +426,17 @@ class Reducer:
         ]
         return reports
 
-    def _replan(self, reports: Sequence[_Report]) -> None:
+    def _misfits(self, gradients: Mapping[int, Tensor]) -> dict[int, str]:
+        """Return what is wrong with this rank's gradients, by parameter."""
+        return {
+            index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
+            f"{bucket.device} when the optimizer was constructed (on rank {self.communicator.rank}): move or convert "
+            "the model first, then construct the optimizer"
+            for index, (bucket, _) in sorted(self._place.items(), key=lambda item: item[0])
+            if (gradient := gradients.get(index)) is not None and not gradient.is_sparse and not bucket.fits(gradient)
+        }
+
+    def _replan(self, reports: Sequence[Report]) -> None:
         """Put the parameters that are trainable on any rank into buckets, in the order that is best for all."""
         is_new = not self._order
         if is_new:
@@ -551,14 +452,6 @@ class Reducer:
 
     def _describe(self, index: int) -> str:
         return f"parameter '{self._names[index]}'"
-
-
-_MARK = "_dpoptim_reduced"
-
-
-def _is_finite(flat: Tensor) -> bool:
-    """Whether all elements are; a sum that is finite says so in one pass."""
-    return bool(torch.isfinite(flat.detach().sum())) or bool(torch.isfinite(flat).all())
 
 
 class _GradientHook:
@@ -586,11 +479,15 @@ def is_reduced(parameter: Tensor) -> bool:
     return any(isinstance(hook, _GradientHook) for hook in hooks.values())
 
 
-def _add_hook(parameter: Tensor, hook: _GradientHook) -> Any:
+def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
+    return parameter.register_post_accumulate_grad_hook(_GradientHook(reducer, index))
+
+
+def add_hook(parameter: Tensor, register: Callable[[Tensor], Any]) -> Any:
     """Register a hook, on a frozen parameter too: it may be unfrozen later."""
     frozen = not parameter.requires_grad
     parameter.requires_grad_(True)
-    handle = parameter.register_post_accumulate_grad_hook(hook)
+    handle = register(parameter)
     if frozen:
         parameter.requires_grad_(False)
     return handle

@@ -13,6 +13,7 @@ from dpoptim.utils.consistency import digest
 __all__ = [
     "ELEMENTWISE",
     "EVERY_OPTIMIZER",
+    "MODES",
     "OPTIMIZERS",
     "Matrices",
     "Net",
@@ -68,6 +69,13 @@ EVERY_OPTIMIZER: dict[str, dict[str, Any]] = {
         "SparseAdam": {"lr": 0.01},
     }.items()
     if hasattr(torch.optim, name)
+}
+
+# How the ranks share the work of a step.
+MODES: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "sharded": {"shard": True},
+    "node-shared": {"node_shared": True},
 }
 
 # float64: twenty steps of rounding errors of 1e-16, amplified by the training itself.

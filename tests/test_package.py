@@ -32,6 +32,7 @@ LEVELS = {
     "comm_hooks": 3,
     "utils": 4,
     "reducer": 4,
+    "divided_reducer": 5,
     "node_average": 5,
     "signature": 5,
     "preconditions": 5,

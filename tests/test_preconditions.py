@@ -8,7 +8,8 @@ from oracle import Net, joined_batch, part_sizes, seeded, train
 from torch import nn
 
 import dpoptim
-from dpoptim.preconditions import _ADDED_LATER, _NUMBERS, _STATE_KEYS, _hyper_parameters
+from dpoptim.preconditions import _ADDED_LATER, _STATE_KEYS, _hyper_parameters
+from dpoptim.sharded_step import NUMBERS
 
 pytestmark = pytest.mark.parallel
 
@@ -84,7 +85,7 @@ def test_the_table_of_states_is_torchs(world, name):
     if name != "Adafactor":  # of which a parameter has either the rows and columns, or the variance
         assert all(keys == always | sometimes for keys in found)
     numbers = {key for entry in opt.state.values() for key, value in entry.items() if torch.as_tensor(value).dim() == 0}
-    assert numbers <= _NUMBERS
+    assert numbers <= NUMBERS
     assert _hyper_parameters(getattr(torch.optim, name)) - _ADDED_LATER
     opt.load_state_dict(_snapshot(opt))
     opt.detach()

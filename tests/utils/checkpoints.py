@@ -1,11 +1,10 @@
 """What the tests of checkpoints share."""
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
-from oracle import Net, joined_batch, local_part, seeded, train
+from oracle import MODES, Net, joined_batch, local_part, seeded, train
 from torch import nn
 
 import dpoptim
@@ -14,12 +13,6 @@ __all__ = ["MODES", "SIZES", "Run", "agreed", "sub_communicators"]
 
 # Samples of each rank; the same joined batch of twelve whatever the number of ranks.
 SIZES = {1: [12], 2: [5, 7], 3: [4, 1, 7], 4: [3, 2, 6, 1]}
-_OPTIONS = inspect.signature(dpoptim.DataParallelOptimizer.__init__).parameters
-MODES: dict[str, dict[str, Any]] = {
-    "replicated": {},
-    **({"sharded": {"shard": True}} if "shard" in _OPTIONS else {}),
-    **({"node-shared": {"node_shared": True}} if "node_shared" in _OPTIONS else {}),
-}
 _known: dict[int, dict[int, Any]] = {}
 
 

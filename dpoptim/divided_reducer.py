@@ -1,0 +1,218 @@
+"""DividedReducer: turns gradients into their global mean, each rank its own part of it.
+
+Note [Divided gradients]
+------------------------
+Where ranks share the work of the step, each receives the mean of its own part of the gradients alone; the rest of
+``p.grad`` keeps values of no meaning. Two things follow.
+
+A later backward adds to gradients that were reduced in part. So reduced gradients are marked, and before autograd
+adds to a marked one its own part is put aside and the whole set to zero; when the sum of what was added has been
+reduced, the part is added to it. Several backward passes before a step are exact in this way, as they are where
+everybody receives everything.
+
+``GradScaler`` looks for infinite gradients on each rank by itself, and skips the step where it finds one. If any
+rank's part has one, the others get one into the rest, so that all find it.
+
+Buckets and their order are fixed (Note [Who owns what] in sharding.py); they are not planned anew but woken.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpoptim.bucket import Bucket
+from dpoptim.errors import raised_on_all_ranks
+from dpoptim.partition import Piece
+from dpoptim.reducer import Reducer, Report, add_hook
+from dpoptim.sharding import Entry, Sharding
+
+__all__ = ["DividedReducer"]
+
+# An attribute of gradients: they are the result of a reduction; or they were, and are what has come since.
+_MARK = "_dpoptim_mark"
+_REDUCED, _PUT_ASIDE = "reduced", "put aside"
+
+
+class DividedReducer(Reducer):
+    """Reduces gradients to the ranks that own them (Note [Divided gradients]).
+
+    Parameters
+    ----------
+    sharding : Sharding
+        Who owns what.
+    communicator, roll_call, comm_hook, bucket_bytes, accumulate
+        As of :class:`~dpoptim.reducer.Reducer`.
+
+    Attributes
+    ----------
+    sleeping_buckets : list of Bucket
+        Those that are not reduced, since no rank trains their parameters.
+    """
+
+    def __init__(self, sharding: Sharding, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sleeping_buckets: list[Bucket] = []
+        self._sharding = sharding
+        self._put_aside: dict[int, Tensor] = {}
+
+    @property
+    def all_buckets(self) -> list[Bucket]:
+        """The plan with what is not reduced for now."""
+        return [*self._buckets, *self.sleeping_buckets]
+
+    def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str], groups: Sequence[int]) -> None:
+        """Take over more parameters; see :meth:`Reducer.add_parameters`."""
+        start = len(self._parameters)
+        super().add_parameters(parameters, names, groups)
+        for index, parameter in enumerate(parameters, start):
+            if parameter.is_floating_point() or parameter.is_complex():
+                self._handles.append(add_hook(parameter, partial(_before_adding, self, index)))
+
+    def note_cleared(self) -> None:
+        """Take note that all gradients were cleared, perhaps in their place."""
+        self._put_aside.clear()
+
+    def before_adding(self, index: int) -> None:
+        """Put a gradient's own part aside, if it was reduced in part; called before autograd adds to it."""
+        gradient = self._parameters[index].grad
+        if gradient is None or getattr(gradient, _MARK, None) != _REDUCED:
+            return
+        setattr(gradient, _MARK, _PUT_ASIDE)
+        piece = self._own_piece(index)
+        with torch.no_grad():
+            if piece is not None:
+                flat = gradient.reshape(-1)[piece.start : piece.stop]
+                if gradient.is_contiguous():
+                    self._put_aside[index] = flat.clone()
+                else:
+                    whole = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+                    whole.view(-1)[piece.start : piece.stop] = flat
+                    self._put_aside[index] = whole
+            gradient.zero_()
+
+    def on_gradient(self, index: int) -> None:
+        """Take note that a parameter's gradient is ready; called by autograd."""
+        if index in self._put_aside:  # autograd adds into a new tensor if asked for a graph of the gradient
+            setattr(self._parameters[index].grad, _MARK, _PUT_ASIDE)
+        super().on_gradient(index)
+
+    def _begin(self) -> None:
+        super()._begin()
+        for index in range(len(self._parameters)):  # those that this backward has not come to
+            self.before_adding(index)
+
+    @torch.no_grad()
+    def _add_what_was_put_aside(self) -> None:
+        for index, part in self._put_aside.items():
+            gradient, piece = self._parameters[index].grad, self._own_piece(index)
+            if gradient is None or piece is None or getattr(gradient, _MARK, None) != _PUT_ASIDE:
+                continue  # it was set to None in between
+            whole = part.shape == gradient.shape
+            (gradient if whole else gradient.view(-1)[piece.start : piece.stop]).add_(part)
+        self._put_aside.clear()
+
+    def _plan_for(self, start: int, groups: Sequence[int]) -> None:
+        """Divide the new parameters; those that are frozen sleep."""
+        entries = [
+            Entry(index, self._parameters[index], groups[index - start])
+            for index in reversed(range(start, len(self._parameters)))
+            if self._parameters[index].is_floating_point() or self._parameters[index].is_complex()
+        ]
+        trained = [entry for entry in entries if entry.parameter.requires_grad]
+        frozen = [entry for entry in entries if not entry.parameter.requires_grad]
+        for bucket in self._sharding.divide(trained, self._bucket_bytes):
+            self._rouse(bucket)
+        self.sleeping_buckets += self._sharding.divide(frozen, self._bucket_bytes)
+        self._order = [index for bucket in self._buckets for index in bucket.indices]
+
+    def _flags(self, had_gradient: bytes) -> list[float]:
+        (changed,) = super()._flags(had_gradient)
+        self._is_finite = all(_is_finite(bucket.own) for bucket in self._buckets)
+        return [changed, float(not self._is_finite)]
+
+    def _settle(self, reports: Sequence[Report] | None, flags: Tensor) -> None:
+        num_not_finite = flags[1].item()
+        if reports is not None and self._wake(reports):
+            num_not_finite += self._take_over_woken()
+        self._add_what_was_put_aside()
+        if num_not_finite and self._is_finite:
+            self._spoil()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                setattr(parameter.grad, _MARK, _REDUCED)
+
+    def _own_piece(self, index: int) -> Piece | None:
+        """Return what this rank owns of a parameter."""
+        if index not in self._place:
+            return None
+        bucket, position = self._place[index]
+        return next((piece for piece in bucket.own_pieces if piece.position == position), None)
+
+    def _rouse(self, bucket: Bucket) -> None:
+        self._buckets.append(bucket)
+        self._place |= {index: (bucket, position) for position, index in enumerate(bucket.indices)}
+
+    def _wake(self, reports: Sequence[Report]) -> bool:
+        """Rouse buckets of which a parameter is trained now; the same on all ranks."""
+        for index, dims in self._sparse_dims.items():
+            message = (
+                f"{self._describe(index)} has a sparse gradient ({dims} sparse dims), which can't be divided among "
+                "ranks: give it to an optimizer of its own, without shard and node_shared"
+            )
+            raise raised_on_all_ranks(RuntimeError(message))
+        wanted = {index for report in reports for index, trained in enumerate(report.trainable) if trained}
+        wanted |= set(self._had_anywhere)
+        woken = [bucket for bucket in self.sleeping_buckets if not wanted.isdisjoint(bucket.indices)]
+        for bucket in woken:
+            self.sleeping_buckets.remove(bucket)
+            self._rouse(bucket)
+        return bool(woken)
+
+    def _take_over_woken(self) -> float:
+        """Reduce the buckets that were asleep when this reduction began; collective.
+
+        Returns
+        -------
+        float
+            How many ranks have an element that is not finite in their part of these.
+        """
+        num_reduced = len(self._launched)
+        for bucket in self._buckets[num_reduced:]:
+            self._launch(bucket)
+        for bucket, work in self._launched[num_reduced:]:
+            work.wait()
+            bucket.unpack(self._gradients(bucket))
+        self._give_gradients()
+        are_finite = all(_is_finite(bucket.own) for bucket, _ in self._launched[num_reduced:])
+        self._is_finite = self._is_finite and are_finite
+        flag = torch.tensor([float(not are_finite)])
+        self.communicator.all_reduce(flag)
+        return flag.item()
+
+    def _spoil(self) -> None:
+        """Put an infinite number where it is seen and not used: another rank's part has one."""
+        for bucket in self._buckets:
+            whole = {
+                piece.position for piece in bucket.own_pieces if piece.numel == bucket.shapes[piece.position].numel()
+            }
+            for position, index in enumerate(bucket.indices):
+                gradient = self._parameters[index].grad
+                if gradient is None or not gradient.numel() or position in whole:
+                    continue
+                owned = next((p for p in bucket.own_pieces if p.position == position), None)
+                element = 0 if owned is None or owned.start > 0 else owned.stop
+                with torch.no_grad():
+                    gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
+                return
+
+
+def _before_adding(reducer: DividedReducer, index: int, parameter: Tensor) -> Any:
+    return parameter.register_hook(lambda _: reducer.before_adding(index))
+
+
+def _is_finite(flat: Tensor) -> bool:
+    """Whether all elements are; a sum that is finite says so in one pass."""
+    return bool(torch.isfinite(flat.detach().sum())) or bool(torch.isfinite(flat).all())
