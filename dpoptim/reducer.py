@@ -24,6 +24,7 @@ has no callback at all: it joins the others in ``step``.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
