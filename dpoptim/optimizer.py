@@ -452,6 +452,7 @@ class DataParallelOptimizer(Optimizer):
             self._divided = None
             load_full_form(self, form)
         self._reducer.detach()
+        del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[_FIRST_HOOK]
         self._communicator.free()
 
     @contextlib.contextmanager
@@ -537,6 +538,8 @@ class DataParallelOptimizer(Optimizer):
             None on ranks that get nothing.
         """
         self._reducer.meet("collecting the optimizer state", 1.0)
+        if self._divided is None:
+            return self.state_dict() if self._communicator.rank == 0 or not rank0_only else None
         for pre_hook in list(cast("Any", self)._optimizer_state_dict_pre_hooks.values()):
             pre_hook(self)
         form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=rank0_only)

@@ -228,7 +228,7 @@ class ShardedStep:
                     {k: v.view(-1) if isinstance(v, Tensor) and k not in NUMBERS else v for k, v in entry.items()}
                     for entry in entries
                 ]
-            part.units = part.new_units([_kind(entry) for entry in entries])
+            part.units = part.new_units([_kind(entry) for entry in entries] if self._by_element else [])
             by_piece = dict(zip(part.bucket.own_pieces, entries, strict=True))
             for unit in part.units:
                 self._inner.param_groups[part.group]["params"].append(unit.tensor)
