@@ -6,7 +6,8 @@ that fails on one rank fails on all, so that they stay in step, and rank 0 shows
 
 Long tables, which would find at one number of ranks what they find at another, are marked ``ranks(2, 3)``:
 ``mpirun -n N pytest`` leaves them out at other N, and says so at its end. Whoever names a file gets all of its tests.
-What needs but one environment (no MPI, no particular torch) is marked ``once``; ``make test`` leaves it out of its second.
+What needs but one environment (no MPI, no particular torch) is marked ``once``; ``make test`` leaves it out of its
+second.
 """
 
 import atexit
