@@ -68,6 +68,7 @@ def _kill_at_random(job, num_ranks, generator):
 
 
 @pytest.mark.parametrize(("num_ranks", "blocking", "share"), [(1, True, 0.3), (2, True, 0.4), (2, False, 0.3)])
+@pytest.mark.once
 @pytest.mark.timeout(60 + 20 * NUM_KILLS)
 def test_the_newest_checkpoint_loads_after_kill_9(tmp_path, num_ranks, blocking, share):
     num_kills = round(share * NUM_KILLS)
