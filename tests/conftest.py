@@ -124,7 +124,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs a Python program on N ranks and returns what became of it."""
 
     def run(
-        num_ranks: int, *args: str, timeout_s: float = 60, cwd: Path | None = None
+        num_ranks: int, *args: str, timeout_s: float = 120, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         launcher = str(Path(sys.executable).parent / "mpirun")
         environment = {
