@@ -63,7 +63,8 @@ def _kill_at_random(job, num_ranks, generator):
     time.sleep(generator.uniform(0, 0.3))
     for pid in pids if generator.random() < 0.5 else [generator.choice(pids)]:
         os.kill(pid, signal.SIGKILL)
-    rest, _ = job.communicate(timeout=60)
+    rest = job.stdout.read()  # communicate() would lose what readline() has read ahead
+    job.wait(timeout=60)
     return text + rest
 
 
