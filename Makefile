@@ -15,9 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 MAIN := .venv
 HEAT := .venv-heat
-PYTEST = -m pytest -q --color=no
+PYTEST = -m pytest -q --color=no --durations=10
+KILLS ?= 50
 
-.PHONY: support train test lint test-openmpi test-mpich bench bench-heat bench-daso info check clean
+.PHONY: support train test lint test-openmpi test-mpich test-kills bench bench-heat bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -30,26 +31,30 @@ lint: $(MAIN)/.test
 	$(MAIN)/bin/mypy
 
 test-openmpi: $(MAIN)/.test
-	$(call run_tests,$(MAIN))
+	$(call run_tests,$(MAIN),not parallel)
 
 test-mpich: $(HEAT)/.test
-	$(call run_tests,$(HEAT))
+	$(call run_tests,$(HEAT),not parallel and not once)
 
-# All tests in one process, then the parallel ones on every rank of 1 to 4.
+# The tests that are not parallel in one process, then the parallel ones on every rank of 1 to 4 (tests/conftest.py).
 define run_tests
 @echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI \{3,\}//p; s/^torch */torch /p' | paste -sd,)"
-OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST)
+OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -m "$(2)"
 @for n in 1 2 3 4; do \
 	echo "== mpirun -n $$n"; \
 	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) || exit 1; \
 done
 endef
 
+# Saving is killed at 50 random instants; make test does it at 10.
+test-kills: $(MAIN)/.test
+	OMP_NUM_THREADS=1 DPOPTIM_TEST_KILLS=$(KILLS) $(MAIN)/bin/python $(PYTEST) tests/utils/test_checkpoint_kill.py
+
 # The table of what is supported, from a run of all tests.
 support: PYTEST += --deselect tests/test_support.py::test_the_table_is_not_stale
 support: $(MAIN)/.test
 	rm -rf .pytest_cache/support
-	$(call run_tests,$(MAIN))
+	$(call run_tests,$(MAIN),not parallel)
 	$(MAIN)/bin/python tests/support.py
 
 info: $(MAIN)/.train

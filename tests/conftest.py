@@ -3,6 +3,11 @@
 ``pytest`` alone runs all tests, the parallel ones on one rank. ``mpirun -n N pytest`` runs those marked
 ``parallel``, the same ones in the same order on every rank. After each test the ranks agree on its outcome: a test
 that fails on one rank fails on all, so that they stay in step, and rank 0 shows every rank's traceback.
+
+Long tables, which would find at one number of ranks what they find at another, are marked ``ranks(2, 3)``:
+``mpirun -n N pytest`` leaves them out at other N, and says so at its end. Whoever names a file gets all of its tests.
+What needs but one environment (no MPI, no particular torch) is marked ``once``; ``make test`` leaves it out of its
+second.
 """
 
 import atexit
@@ -42,11 +47,34 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(support.recorder(num_ranks, rank), "support")
 
 
+_left_out = pytest.StashKey[int]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if UNDER_MPIRUN:
-        serial = [item for item in items if item.get_closest_marker("parallel") is None]
-        config.hook.pytest_deselected(items=serial)
-        items[:] = [item for item in items if item.get_closest_marker("parallel") is not None]
+    if not UNDER_MPIRUN:
+        return
+    from mpi4py import MPI
+
+    parallel = [item for item in items if item.get_closest_marker("parallel") is not None]
+    chosen = parallel
+    if config.args == config.getini("testpaths"):
+        chosen = [item for item in parallel if _is_for(MPI.COMM_WORLD.size, item)]
+    kept = set(chosen)
+    config.stash[_left_out] = len(parallel) - len(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+def _is_for(num_ranks: int, item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("ranks")
+    return mark is None or num_ranks in mark.args
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if num_tests := config.stash.get(_left_out, 0):
+        terminalreporter.write_line(
+            f"{num_tests} parallel tests are for other numbers of ranks (mark ranks); naming their files runs them here"
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,7 +124,7 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs a Python program on N ranks and returns what became of it."""
 
     def run(
-        num_ranks: int, *args: str, timeout_s: float = 60, cwd: Path | None = None
+        num_ranks: int, *args: str, timeout_s: float = 120, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         launcher = str(Path(sys.executable).parent / "mpirun")
         environment = {

@@ -118,6 +118,7 @@ def _train(opt, model, batch):
     ("optimizer", "options"), [("SGD", {"lr": 0.05, "momentum": 0.9}), ("AdamW", {"lr": 0.01, "foreach": True})]
 )
 @pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.ranks(3, 4)  # with fewer, placements are the same
 def test_it_ends_where_the_nodes_trained_in_one_process_end(world, placement, optimizer, options, equal):
     nodes = _nodes(placement, world.size)
     sizes = [4] * world.size if equal else [3 + 2 * rank for rank in range(world.size)]
@@ -161,6 +162,7 @@ def test_blocking_phases_equal_the_plain_optimizer(world):
 
 @pytest.mark.parametrize("placement", ["own", "pairs", "unequal"])
 @pytest.mark.parametrize("stop", [(1, 1), (1, 2), (2, 3), (3, 0)])
+@pytest.mark.ranks(4)  # where all placements differ
 def test_a_run_resumed_in_the_middle_of_a_cycle_equals_the_uninterrupted_one(world, tmp_path, placement, stop):
     sizes = [3 + rank for rank in range(world.size)]
 

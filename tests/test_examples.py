@@ -46,6 +46,7 @@ def test_the_gpt_learns_the_same_curve_on_any_number_of_ranks(mpirun, tmp_path):
     assert curves[1]["validation"][-1][1] < curves[1]["validation"][0][1]
 
 
+@pytest.mark.once
 def test_the_gpt_resumes_on_another_number_of_ranks(mpirun, tmp_path):
     whole, done = _train_gpt(mpirun, 2, tmp_path / "whole")
     assert (tmp_path / "whole" / "train.png").read_bytes().startswith(b"\x89PNG")
@@ -63,7 +64,7 @@ def test_the_gpt_resumes_on_another_number_of_ranks(mpirun, tmp_path):
     assert again == resumed
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [*(pytest.param(n, marks=pytest.mark.once) for n in (1, 2, 4)), 3])
 def test_the_digits_are_recognised(mpirun, num_ranks):
     done = mpirun(num_ranks, "-W", "error", str(EXAMPLES / "train_digits.py"))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

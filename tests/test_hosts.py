@@ -1,6 +1,7 @@
 """Hosts made of network namespaces: what MPI sees there, how fast the link is, what is left behind."""
 
 import json
+import os
 import subprocess
 import time
 
@@ -13,7 +14,9 @@ needs_hosts = pytest.mark.skipif(REASON is not None, reason=f"no hosts to be had
 
 
 def _namespaces():
-    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    """Return those that this process has made; other programs on this machine may have theirs."""
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if f"-{os.getpid()}-" in name]
 
 
 @needs_hosts

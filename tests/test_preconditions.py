@@ -116,6 +116,7 @@ def _one_matrix(name, num_steps):
 
 @pytest.mark.parametrize("num_steps", [0, 2], ids=["before the first step", "after it"])
 @pytest.mark.parametrize("theirs", NAMES)
+@pytest.mark.ranks(2)
 def test_a_state_of_another_optimizer(world, theirs, num_steps):
     opt = _one_matrix(theirs, num_steps)
     saved = _snapshot(opt)

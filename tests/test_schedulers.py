@@ -66,6 +66,7 @@ NAMES = [*ARGUMENTS, "ChainedScheduler", "SequentialLR", "SWALR"]
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.ranks(2, 3)
 @pytest.mark.supports("{name}", replicated="yes")
 def test_the_same_rates_for_100_steps(world, name):
     opt, ours = _wrapped()

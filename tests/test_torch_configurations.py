@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from mpi4py import MPI
 from oracle import assert_replicas, assert_same_parameters, joined_batch, local_part, model_for, part_sizes, seeded
 
 import dpoptim
@@ -16,7 +15,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.parallel,
-    pytest.mark.skipif(MPI.COMM_WORLD.size != 3, reason="some 170 configurations, on three ranks only"),
+    pytest.mark.ranks(3),  # some 190 configurations
 ]
 
 NUM_STEPS = 10

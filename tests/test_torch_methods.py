@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import dpoptim
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2, 3)]
 
 every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 

@@ -36,6 +36,7 @@ def _full_state(run):
 
 
 @pytest.mark.parametrize(("name", "options", "mode"), CONFIGURATIONS)
+@pytest.mark.ranks(4)  # whose first 1, 2, 3 and 4 save, and load what each of these have saved
 def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, name, options, mode):
     path = _path(world, tmp_path)
     comms = sub_communicators(world)
@@ -69,6 +70,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, name, option
 
 @pytest.mark.parametrize("loading_mode", MODES)
 @pytest.mark.parametrize("saving_mode", MODES)
+@pytest.mark.ranks(4)  # and their first 1, 2 and 3
 def test_every_bit_comes_back_in_any_mode(world, tmp_path, saving_mode, loading_mode):
     path = _path(world, tmp_path)
     comms = sub_communicators(world)

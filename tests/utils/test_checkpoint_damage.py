@@ -25,6 +25,7 @@ from dpoptim.utils.checkpoint import CheckpointError
 from dpoptim.utils.checkpoint.index import dump_index, parse_index
 from dpoptim.utils.checkpoint.loading import open_checkpoint
 
+pytestmark = pytest.mark.once
 parallel = pytest.mark.parallel
 FILE = "rank-00000.safetensors"
 

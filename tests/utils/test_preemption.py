@@ -6,10 +6,13 @@ import signal
 import threading
 
 import pytest
+from programs import WITHOUT_COMPILER
 
 from dpoptim.utils import preemption
 
-PROGRAM = """
+PROGRAM = (
+    WITHOUT_COMPILER
+    + """
 import os, signal, sys, torch, dpoptim
 from mpi4py import MPI
 from dpoptim.utils import checkpoint, preemption
@@ -34,10 +37,10 @@ for step in range(100):
         print(f"<{comm.rank} saved step {step}>")
         sys.exit(preemption.EXIT_CODE)
 """
+)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(("num_ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (4, signal.SIGTERM)])
 def test_all_ranks_save_and_leave_at_the_same_step(mpirun, tmp_path, num_ranks, number):
     done = mpirun(num_ranks, "-c", PROGRAM, str(tmp_path), str(int(number)), str(num_ranks == 2))
     assert done.returncode == preemption.EXIT_CODE == 75, done.stderr
