@@ -14,6 +14,7 @@ __all__ = [
     "ELEMENTWISE",
     "EVERY_OPTIMIZER",
     "MODES",
+    "NAMES_AND_MODES",
     "OPTIMIZERS",
     "Matrices",
     "Net",
@@ -77,6 +78,14 @@ MODES: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True},
     "node-shared": {"node_shared": True},
 }
+
+# Every optimizer in every mode that it has.
+NAMES_AND_MODES = [
+    (name, mode)
+    for mode in MODES
+    for name in EVERY_OPTIMIZER
+    if mode == "replicated" or name not in ("LBFGS", "SparseAdam")  # which stay replicated
+]
 
 # float64: twenty steps of rounding errors of 1e-16, amplified by the training itself.
 RTOL, ATOL = 1e-9, 1e-11

@@ -8,8 +8,8 @@ A test says what it shows with a mark; what is in braces is filled in from its p
 The first argument is a row of :data:`SECTIONS`, each keyword a column of :data:`COLUMNS`, its value one entry of the
 cell. A cell has the entries of all tests that passed; "{name}" as an entry of a row that is no optimizer lists the
 optimizers.
-Tests of sharded optimizers use the column ``sharded`` in the same way, with ``"shard"`` or ``"node_shared"`` as entries
-(or ``sharded="{mode}"`` with a parameter ``mode``), and the rows are there already.
+Of a test with a parameter ``mode`` the entry of ``replicated`` counts in the replicated mode, that of ``sharded`` in
+the others.
 
 Every run of pytest leaves a record of the marks of the tests that passed in it below ``.pytest_cache``. The file is
 written from the records of all runs (alone, and under mpirun with each number of ranks) by::
@@ -88,7 +88,9 @@ def cells_of(item: pytest.Item) -> set[Cell]:
         for column, entry in mark.kwargs.items():
             if column not in COLUMNS:
                 raise pytest.UsageError(f"{item.nodeid}: supports(): no column {column!r} in tests/support.py")
-            cells.add((row, column, entry.format(**texts)))
+            mode = texts.get("mode", column)
+            if column not in ("replicated", "sharded") or (column == "replicated") == (mode == "replicated"):
+                cells.add((row, column, entry.format(**texts)))
     return cells
 
 
@@ -133,8 +135,8 @@ def render(cells: Iterable[Cell]) -> str:
         "",
         "Written by `make support` from the tests that passed, alone and under mpirun with 1 to 4 ranks; do not edit.",
         "Each entry is shown by a test that compares N ranks with one process on the joined batch, or with torch's own",
-        "class; what no test shows is empty. *Replicated* is a plain `DataParallelOptimizer`; the entries of *sharded*",
-        "name the mode.",
+        "class; what no test shows is empty. *Replicated* is a plain `DataParallelOptimizer`; *sharded* is one",
+        "with `shard=True` (`sharded`) or `node_shared=True` (`node-shared`).",
     ]
     for section, rows in SECTIONS.items():
         columns = [column for column in COLUMNS if any(column in table.get(row, {}) for row in rows)]

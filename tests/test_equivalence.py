@@ -233,7 +233,7 @@ def test_late_unfrozen_and_late_frozen_parameters(world, mode, overlap):
     opt.detach()
 
 
-@pytest.mark.supports("two optimizers on one model", replicated="Adafactor and AdamW")
+@pytest.mark.supports("two optimizers on one model", replicated="Adafactor and AdamW", sharded="{mode}")
 def test_two_optimizers_on_one_model(world, mode):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(), seeded()
@@ -373,6 +373,7 @@ def test_sparse_embedding_beside_dense_layers(world):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.supports("activation checkpointing", sharded="{mode}")
 def test_activation_checkpointing(world, mode, use_reentrant, overlap):
     from torch.utils.checkpoint import checkpoint
 

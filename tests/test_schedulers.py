@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 import torch.optim.lr_scheduler as torch_schedulers
+from oracle import MODES
 from torch import nn
 
 import dpoptim
@@ -52,9 +53,9 @@ def _groups(parameters):
     return [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.003}]
 
 
-def _wrapped():
+def _wrapped(**mode):
     parameters = _parameters()
-    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(_groups(parameters), lr=0.01, momentum=0.9))
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(_groups(parameters), lr=0.01, momentum=0.9), **mode)
     return opt, parameters
 
 
@@ -67,9 +68,10 @@ NAMES = [*ARGUMENTS, "ChainedScheduler", "SequentialLR", "SWALR"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.ranks(2, 3)
-@pytest.mark.supports("{name}", replicated="yes")
-def test_the_same_rates_for_100_steps(world, name):
-    opt, ours = _wrapped()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.supports("{name}", replicated="yes", sharded="{mode}")
+def test_the_same_rates_for_100_steps(world, name, mode):
+    opt, ours = _wrapped(**MODES[mode])
     scheduler = _make(dpoptim.lr_scheduler, name, opt)
     theirs = _parameters()
     plain = torch.optim.SGD(_groups(theirs), lr=0.01, momentum=0.9, foreach=False)
@@ -77,10 +79,10 @@ def test_the_same_rates_for_100_steps(world, name):
     rates = []
     for step in range(NUM_STEPS):
         if step == NUM_STEPS // 2:  # everything anew, from what was saved
-            saved = copy.deepcopy((opt.state_dict(), scheduler.state_dict()))
+            saved = copy.deepcopy((opt.full_state_dict(rank0_only=False), scheduler.state_dict()))
             weights = [parameter.detach().clone() for parameter in ours]
             opt.detach()
-            opt, ours = _wrapped()
+            opt, ours = _wrapped(**MODES[mode])
             scheduler = _make(dpoptim.lr_scheduler, name, opt)
             with torch.no_grad():
                 for parameter, weight in zip(ours, weights, strict=True):

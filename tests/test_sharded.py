@@ -188,6 +188,7 @@ def test_own_gradients_are_the_global_mean(world, mode, hook):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+@pytest.mark.supports("clip_grad_norm_", sharded="{mode}", limits="torch's own does not know the other ranks' parts")
 def test_clipping_is_exact(world, mode, norm_type, max_norm):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(), seeded()
@@ -219,6 +220,7 @@ def test_a_norm_that_is_no_number_is_an_error_on_all(world, mode):
     opt.detach()
 
 
+@pytest.mark.supports("torch.amp.autocast and GradScaler", sharded="{mode}")
 def test_grad_scaler_skips_the_step_on_all_ranks(world, mode):
     model, expected = seeded(dtype=torch.float32), seeded(dtype=torch.float32)
     _, opt = _wrapped(mode, "SGD", model, lr=0.1)
@@ -332,6 +334,44 @@ def test_parameters_of_several_dtypes_shapes_and_layouts(world, mode):
     opt.detach()
 
 
+@pytest.mark.supports("clip_grad_value_", sharded="{mode}")
+def test_clipping_by_value(world, mode):
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(), seeded()
+    _, opt = _wrapped(mode, "SGD", model, lr=0.5)
+    plain = torch.optim.SGD(expected.parameters(), lr=0.5)
+    for step in range(3):
+        batch = joined_batch(step, sizes)
+        for optimizer, net, part in ((opt, model, local_part(batch, sizes, world.rank)), (plain, expected, batch)):
+            optimizer.zero_grad()
+            net(part).pow(2).mean().backward()
+            nn.utils.clip_grad_value_(net.parameters(), 1e-3)
+            optimizer.step()
+        assert_same_parameters(model, expected, step)
+    opt.detach()
+
+
+@pytest.mark.supports("AveragedModel: EMA", sharded="{mode}")
+def test_averages_of_the_weights(world, mode):
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(), seeded()
+    _, opt = _wrapped(mode, "AdamW", model)
+    plain = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    averages = [
+        dpoptim.swa_utils.AveragedModel(net, multi_avg_fn=dpoptim.swa_utils.get_ema_multi_avg_fn(0.9))
+        for net in (model, expected)
+    ]
+    for step in range(4):
+        batch = joined_batch(step, sizes)
+        train(opt, model, local_part(batch, sizes, world.rank))
+        train(plain, expected, batch)
+        for average, net in zip(averages, (model, expected), strict=True):
+            average.update_parameters(net)
+    assert_same_parameters(*(average.module for average in averages))
+    assert not torch.equal(averages[0].module.first.weight, model.first.weight)
+    opt.detach()
+
+
 def test_groups_with_options_of_their_own(world, mode):
     sizes = part_sizes(world.size, equal=True)
     model, expected = seeded(), seeded()
@@ -351,6 +391,16 @@ def test_groups_with_options_of_their_own(world, mode):
             scheduler.step()
         opt.param_groups[1]["weight_decay"] = plain.param_groups[1]["weight_decay"] = 0.1 * step
         assert_same_parameters(model, expected, step)
+    opt.detach()
+
+
+@pytest.mark.supports("named parameters", sharded="{mode}")
+def test_names_are_those_of_the_model(world, mode):
+    _, opt = _wrapped(mode)
+    assert opt.param_groups[0]["param_names"][0] == "first.weight"
+    assert "first.weight" in opt.local_slices()
+    full = opt.full_state_dict(rank0_only=False)
+    assert full["param_groups"][0]["param_names"] == opt.param_groups[0]["param_names"]
     opt.detach()
 
 
@@ -632,6 +682,7 @@ def test_a_rank_that_leaves_out_the_step_is_found(world, mode):
         (loss.backward if world.rank == 0 else opt.step)()
 
 
+@pytest.mark.supports("torch.compile of the model", sharded="{mode}")
 def test_torch_compile(world, mode):
     sizes = part_sizes(world.size, equal=True)
     model, expected = seeded(), seeded()

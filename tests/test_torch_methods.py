@@ -6,6 +6,8 @@ import pytest
 import torch
 from oracle import (
     EVERY_OPTIMIZER,
+    MODES,
+    NAMES_AND_MODES,
     assert_replicas,
     assert_same_parameters,
     joined_batch,
@@ -23,14 +25,18 @@ import dpoptim
 
 pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2, 3)]
 
-every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
+every_optimizer = pytest.mark.parametrize(("name", "mode"), NAMES_AND_MODES)
 
 
-def _pair(world, name, **more):
+def _whole_state(opt):
+    return opt.state_dict() if opt.mode == "replicated" else opt.full_state_dict(rank0_only=False)
+
+
+def _pair(world, name, mode, **more):
     """Return the wrapper and the plain optimizer, each with its model, and the sizes of the ranks' batches."""
     options = EVERY_OPTIMIZER[name] | more
     model, expected = seeded(model_for(name)), seeded(model_for(name))
-    opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(model.parameters(), **options))
+    opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(model.parameters(), **options), **MODES[mode])
     plain = make_plain(opt, options, expected.parameters())
     sizes = part_sizes(world.size, equal=False)
     opt.batch_weight = sizes[world.rank]
@@ -63,14 +69,14 @@ def _assert_same_bits(left, right):
 
 
 @every_optimizer
-@pytest.mark.supports("state_dict", replicated="{name}")
-@pytest.mark.supports("load_state_dict", replicated="{name}")
-def test_a_state_goes_to_the_plain_class_and_back_bit_for_bit(world, name):
-    pair = _pair(world, name)
+@pytest.mark.supports("state_dict", replicated="{name}", sharded="{name}")
+@pytest.mark.supports("load_state_dict", replicated="{name}", sharded="{name}")
+def test_a_state_goes_to_the_plain_class_and_back_bit_for_bit(world, name, mode):
+    pair = _pair(world, name, mode)
     opt, model, plain, expected, _ = pair
     for step in range(3):
         _step(world, pair, step)
-    saved = copy.deepcopy(opt.state_dict())
+    saved = copy.deepcopy(_whole_state(opt))
     plain.load_state_dict(copy.deepcopy(saved))
     with torch.no_grad():
         for parameter, other in zip(expected.parameters(), model.parameters(), strict=True):
@@ -78,19 +84,19 @@ def test_a_state_goes_to_the_plain_class_and_back_bit_for_bit(world, name):
     back = copy.deepcopy(plain.state_dict())
     _assert_same_bits(back["state"], saved["state"])
     opt.load_state_dict(copy.deepcopy(back))
-    _assert_same_bits(opt.state_dict(), saved)
+    _assert_same_bits(_whole_state(opt), saved)
     for step in range(3, 6):
         _step(world, pair, step)
     opt.detach()
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_OPTIMIZER if name != "LBFGS"])
-@pytest.mark.supports("add_param_group", replicated="{name}")
-def test_a_group_added_later(world, name):
+@pytest.mark.parametrize(("name", "mode"), [case for case in NAMES_AND_MODES if case[0] != "LBFGS"])
+@pytest.mark.supports("add_param_group", replicated="{name}", sharded="{name}")
+def test_a_group_added_later(world, name, mode):
     options = EVERY_OPTIMIZER[name]
     sizes = part_sizes(world.size, equal=False)
     models = [seeded(lambda: nn.ModuleList(model_for(name)() for _ in range(2))) for _ in range(2)]
-    opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(models[0][0].parameters(), **options))
+    opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(models[0][0].parameters(), **options), **MODES[mode])
     plain = make_plain(opt, options, models[1][0].parameters())
     opt.batch_weight = sizes[world.rank]
     for step in range(5):
@@ -116,9 +122,9 @@ def test_a_group_added_later(world, name):
 
 
 @every_optimizer
-@pytest.mark.supports("zero_grad", replicated="{name}")
-def test_zero_grad(world, name):
-    opt, model, _, _, sizes = _pair(world, name)
+@pytest.mark.supports("zero_grad", replicated="{name}", sharded="{name}")
+def test_zero_grad(world, name, mode):
+    opt, model, _, _, sizes = _pair(world, name, mode)
     for set_to_none in (False, True):
         model(local_part(joined_batch(0, sizes), sizes, world.rank)).pow(2).mean().backward()
         assert any(parameter.grad is not None for parameter in model.parameters())
@@ -132,15 +138,16 @@ def test_zero_grad(world, name):
 
 
 @every_optimizer
-@pytest.mark.supports("step", replicated="{name}")
-def test_step(world, name):
+@pytest.mark.supports("step", replicated="{name}", sharded="{name}")
+@pytest.mark.supports("{name}", replicated="yes", sharded="{mode}")
+def test_step(world, name, mode):
     if name == "LBFGS":
-        pair = _pair(world, name)
+        pair = _pair(world, name, mode)
         for step in range(5):
             _step(world, pair, step)
         pair[0].detach()
         return
-    opt, model, plain, expected, sizes = _pair(world, name)
+    opt, model, plain, expected, sizes = _pair(world, name, mode)
     for step in range(5):
         batch = joined_batch(step, sizes)
         for optimizer, net, part in ((opt, model, local_part(batch, sizes, world.rank)), (plain, expected, batch)):
@@ -153,9 +160,9 @@ def test_step(world, name):
 
 
 @every_optimizer
-@pytest.mark.supports("step(closure)", replicated="{name}")
-def test_step_with_a_closure_returns_the_global_loss(world, name):
-    opt, model, plain, expected, sizes = _pair(world, name)
+@pytest.mark.supports("step(closure)", replicated="{name}", sharded="{name}")
+def test_step_with_a_closure_returns_the_global_loss(world, name, mode):
+    opt, model, plain, expected, sizes = _pair(world, name, mode)
     for step in range(3):
         batch = joined_batch(step, sizes)
         losses = []
@@ -187,9 +194,9 @@ HOOKS = {
 
 @pytest.mark.parametrize("register", HOOKS)
 @every_optimizer
-@pytest.mark.supports("{register}", replicated="{name}")
-def test_a_hook_runs_once_with_the_wrapper_in_its_order(world, name, register):
-    opt, model, _, _, sizes = _pair(world, name)
+@pytest.mark.supports("{register}", replicated="{name}", sharded="{name}")
+def test_a_hook_runs_once_with_the_wrapper_in_its_order(world, name, mode, register):
+    opt, model, _, _, sizes = _pair(world, name, mode)
     calls = []
 
     def note(label):
@@ -208,7 +215,7 @@ def test_a_hook_runs_once_with_the_wrapper_in_its_order(world, name, register):
         handles.append(getattr(opt, register)(note("first"), prepend=True))
         order = ["first", "second", "third"]
     train(opt, model, local_part(joined_batch(0, sizes), sizes, world.rank))
-    saved = opt.state_dict()
+    saved = _whole_state(opt)
     opt.load_state_dict(saved)
     assert [label for label, _, _ in calls] == order
     for _, optimizer, gradients in calls:
