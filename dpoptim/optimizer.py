@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.communicator import Communicator, available_cores
+from dpoptim.communicator import Communicator
 from dpoptim.divided import divided
 from dpoptim.divided_reducer import DividedReducer
+from dpoptim.overlap import has_spare_cores, try_overlap
 from dpoptim.preconditions import (
     already_reduced,
     argument_error,
@@ -74,8 +75,7 @@ class DataParallelOptimizer(Optimizer):
         Small gradients are sent together, at most so many MiB at once.
     overlap : "auto" or bool
         Whether gradients are sent by a thread of their own while backward goes on (needs MPI_THREAD_MULTIPLE and a
-        core to spare), or when backward ends. ``"auto"`` overlaps where this node has more cores than its ranks have
-        compute threads.
+        core to spare), or when backward ends. ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
     comm_hook : callable, optional
         How a bucket is summed; see :mod:`dpoptim.comm_hooks`.
     accumulate : int
@@ -154,7 +154,9 @@ class DataParallelOptimizer(Optimizer):
             settings["module"] = describe_module(module)
         check_alike(roll_call.communicator, optimizer, parameter_names(optimizer.param_groups, module), settings)
         if overlap == "auto":
-            overlap = _has_spare_cores(roll_call.communicator)
+            on_host = all(parameter.device.type == "cpu" for parameter in self._parameters())
+            base = roll_call.communicator
+            overlap = try_overlap(base).pays if on_host else has_spare_cores(base)
         self._communicator = roll_call.communicator.duplicate(overlap=bool(overlap))
         self._broadcast(self._parameters())
         self._broadcast([value for entry in state.values() for value in _tensors(entry)])
@@ -696,12 +698,3 @@ def _tensors(entry: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (dict, list, tuple)):
             yield from _tensors(value)
-
-
-def _has_spare_cores(communicator: Communicator) -> bool:
-    """Whether every node has a core left for a thread of each of its ranks; the same on all ranks, collective."""
-    wanted = communicator.all_gather_object((available_cores(), torch.get_num_threads() + 1))
-    return all(
-        len(set[int]().union(*(wanted[rank][0] for rank in node))) >= sum(wanted[rank][1] for rank in node)
-        for node in communicator.topology.nodes
-    )

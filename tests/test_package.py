@@ -29,6 +29,7 @@ LEVELS = {
     "communicator": 2,
     "roll_call": 3,
     "node_shared": 3,
+    "overlap": 3,
     "comm_hooks": 3,
     "utils": 4,
     "reducer": 4,
