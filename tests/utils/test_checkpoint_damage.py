@@ -304,7 +304,10 @@ def test_a_directory_without_write_permission(tmp_path):
 
 # ------------------------------------------------------------------------------------------ fuzzing
 
-FEW = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples in every run, which then pass or fail for a reason in the change that is tested.
+FEW = settings(
+    deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture
@@ -350,20 +353,21 @@ def _places(tree, here=()):
 
 
 @FEW
-@given(data=st.data())
-def test_an_index_with_anything_in_any_place_is_an_error_or_loads(good, data):
+@given(edits=st.lists(st.tuples(st.integers(0, 1 << 20), st.booleans(), JSON), min_size=1, max_size=2))
+def test_an_index_with_anything_in_any_place_is_an_error_or_loads(good, edits):
     directory, files, _ = good
     model, opt = _net()
     content = json.loads(files["index.json"])["content"]
-    for _ in range(data.draw(st.integers(1, 2))):
-        *front, last = data.draw(st.sampled_from([place for place in _places(content) if place]))
+    for number, is_removed, value in edits:
+        places = [place for place in _places(content) if place]
+        *front, last = places[number % len(places)]
         inside = content
         for key in front:
             inside = inside[key]
-        if data.draw(st.booleans()) and isinstance(inside, dict):
+        if is_removed and isinstance(inside, dict):
             del inside[last]
         else:
-            inside[last] = data.draw(JSON)
+            inside[last] = value
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     head = {
         "format": "dpoptim-checkpoint",
