@@ -162,7 +162,7 @@ class Divided:
             message = f"the total norm of order {norm_type} of the gradients is {total}, so it can't be clipped"
             raise raised_on_all_ranks(RuntimeError(message))
         factor = float((max_norm / (total + 1e-6)).clamp(max=1.0))
-        if factor != 1.0:
+        if factor != 1.0 and gradients:
             torch._foreach_mul_(self._step.gradients_to_scale(), factor)
         return total.to(self._step.norm_dtype())
 

@@ -32,22 +32,32 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int32):
     assert torch.equal(whole, total), dtype
 assert (communicator.node_memory() == "yes") == several, communicator.node_memory()
 
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
-expected = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
-expected.load_state_dict(model.state_dict())
-opt = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.parameters(), lr=0.01))
-plain = dpoptim.AdamW(expected.parameters(), lr=0.01)
-for step in range(5):
-    batch = torch.randn(2 * world_size, 400, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-    for optimizer, net, data in ((opt, model, batch[2 * rank :][:2]), (plain, expected, batch)):
-        optimizer.zero_grad()
-        net(data).pow(2).mean().backward()
-        optimizer.step()
-bits = communicator.all_gather_object([p.detach().numpy().tobytes() for p in model.parameters()])
-assert all(other == bits[0] for other in bits), "replicas differ"
-for own, other in zip(model.parameters(), expected.parameters()):
-    torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-11)
+for mode in ({}, {"shard": True}, {"node_shared": True}):
+    for kind in ("AdamW", "Adafactor"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
+        expected = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
+        expected.load_state_dict(model.state_dict())
+        inner = getattr(dpoptim, kind)(model.parameters(), lr=0.01)
+        opt = dpoptim.DataParallelOptimizer(inner, overlap=False, **mode)
+        plain = getattr(dpoptim, kind)(expected.parameters(), lr=0.01)
+        for step in range(4):
+            batch = torch.randn(2 * world_size, 400, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            for optimizer, net, data in ((opt, model, batch[2 * rank :][:2]), (plain, expected, batch)):
+                optimizer.zero_grad()
+                net(data).pow(2).mean().backward()
+                (opt.clip_grad_norm_(1.0) if net is model else torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0))
+                optimizer.step()
+        bits = communicator.all_gather_object([p.detach().numpy().tobytes() for p in model.parameters()])
+        assert all(other == bits[0] for other in bits), (mode, kind, "replicas differ")
+        for own, other in zip(model.parameters(), expected.parameters()):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-11)
+        full = opt.full_state_dict()
+        if rank == 0:
+            for index, entry in plain.state_dict()["state"].items():
+                for key, value in entry.items():
+                    torch.testing.assert_close(full["state"][index][key], value, rtol=1e-8, atol=1e-11)
+        opt.detach()
 print("equal")
 """
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpoptim.partition import even_counts, group_by_size, start_offsets
+from dpoptim.partition import even_counts, group_by_size, owners_by_size, pieces_within, start_offsets
 
 
 @given(st.integers(0, 10**12), st.integers(1, 2000))
@@ -31,6 +31,22 @@ def test_groups_keep_the_order_and_the_limit(sizes, limit):
     assert all(len(group) == 1 or size <= limit for group, size in zip(groups, filled, strict=True))
     for size, (_, following) in zip(filled, pairwise(groups), strict=False):
         assert size + sizes[following[0]] > limit, "a group is as full as the order allows"
+
+
+@given(st.lists(st.integers(0, 30), max_size=12), st.data())
+def test_pieces_are_what_is_within(sizes, data):
+    begin = data.draw(st.integers(0, sum(sizes)))
+    end = data.draw(st.integers(begin, sum(sizes)))
+    elements = [(position, element) for position, size in enumerate(sizes) for element in range(size)]
+    found = pieces_within(sizes, begin, end)
+    assert [(p.position, element) for p in found for element in range(p.start, p.stop)] == elements[begin:end]
+    assert [p.offset for p in found] == start_offsets([p.numel for p in found])
+
+
+def test_the_largest_go_first_to_who_has_least():
+    loads = [5, 0, 0]
+    assert owners_by_size([1, 9, 4, 4], loads) == [0, 1, 2, 2]
+    assert loads == [6, 9, 8]
 
 
 def test_bad_numbers():

@@ -21,7 +21,12 @@ from dpoptim.utils.checkpoint.loading import open_checkpoint
 
 pytestmark = pytest.mark.parallel
 
-CONFIGURATIONS = [(name, options, mode) for name, options in OPTIMIZERS for mode in MODES]
+CONFIGURATIONS = [
+    (name, options, mode)
+    for name, options in OPTIMIZERS
+    for mode in MODES
+    if mode == "replicated" or name != "LBFGS"  # which stays replicated
+]
 
 
 def _path(world, tmp_path):
@@ -48,7 +53,9 @@ def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, name, option
         world.Barrier()
         for m in comms:
             if comms[m] is not None:
-                other = Run(comms[m], name, options, seed=5, mode=mode, bucket_mb=0.0001)
+                # Where a divided bucket is cut decides which elements torch's vector loops round otherwise.
+                same_cuts = m == n and mode != "replicated"
+                other = Run(comms[m], name, options, seed=5, mode=mode, bucket_mb=25 if same_cuts else 0.0001)
                 other.step = checkpoint.load(path / str(n), **other.parts)["step"]
                 other_state = _full_state(other.train(3))
             with agreed(world):
