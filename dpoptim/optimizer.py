@@ -605,8 +605,11 @@ class DataParallelOptimizer(Optimizer):
         """Keep this rank's part of the wrapped optimizer's state, if it is divided; local."""
         if self._divided is not None:
             names = unique_names(self.param_groups, self._names())
-            shapes = [parameter.shape for parameter in self._parameters()]
-            whole = to_named(self._optimizer.state_dict(), shapes, names)
+            parameters = self._parameters()
+            held = self._optimizer.state
+            groups = groups_of({"param_groups": self.param_groups}, self.param_groups)
+            state = {number: held[p] for number, p in enumerate(parameters) if p in held}
+            whole = to_named({"state": state, "param_groups": groups}, [p.shape for p in parameters], names)
             self._divided.load_form(shard_form(whole, self._divided.slices(names)), names)
             self._optimizer.state.clear()
 

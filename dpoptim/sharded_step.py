@@ -201,7 +201,7 @@ class ShardedStep:
         return found
 
     def state(self) -> dict[int, State]:
-        """Return the state of what this rank owns, by the parameter's number; it shares memory with the optimizer."""
+        """Return the state of what this rank owns, by the parameter's number; arrays are the optimizer's own."""
         found: dict[int, State] = {}
         for part in self._parts:
             for unit in part.units:
@@ -211,7 +211,7 @@ class ShardedStep:
                 for piece in unit.pieces:
                     first = piece.offset - unit.start
                     found[part.bucket.indices[piece.position]] = {
-                        key: value[first : first + piece.numel] if self._by_element and _is_flat(value) else value
+                        key: _part_of(value, first, piece.numel) if self._by_element else value
                         for key, value in entry.items()
                     }
         return found
@@ -387,6 +387,13 @@ def _runs(pieces: Sequence[Piece], kinds: Sequence[Any]) -> list[list[Piece]]:
 def _is_flat(value: Any) -> bool:
     """Whether a value in the state of a flat unit is one of its elements, rather than a number."""
     return isinstance(value, Tensor) and value.dim() == 1
+
+
+def _part_of(value: Any, first: int, numel: int) -> Any:
+    """Return what one parameter has of a flat unit's state; a number is a tensor of its own."""
+    if _is_flat(value):
+        return value[first : first + numel]
+    return copy.deepcopy(value)
 
 
 def _kind(entry: Mapping[str, Any]) -> tuple[Any, ...]:

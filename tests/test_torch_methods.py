@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import dpoptim
 
-pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2, 3)]
+pytestmark = [pytest.mark.parallel, pytest.mark.ranks(3)]
 
 every_optimizer = pytest.mark.parametrize(("name", "mode"), NAMES_AND_MODES)
 
@@ -222,7 +222,8 @@ def test_a_hook_runs_once_with_the_wrapper_in_its_order(world, name, mode, regis
         assert optimizer is opt
         if register == "register_step_post_hook" or name != "LBFGS":  # whose closure makes the gradients in the step
             assert gradients
-        assert len(set(map(tuple, world.allgather(gradients)))) == 1, "not reduced yet"
+        if mode == "replicated":
+            assert len(set(map(tuple, world.allgather(gradients)))) == 1, "not reduced yet"
     for handle in handles:
         handle.remove()
     train(opt, model, local_part(joined_batch(0, sizes), sizes, world.rank))
