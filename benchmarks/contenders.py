@@ -54,18 +54,22 @@ class Program:
         self._model(self._task.batch).pow(2).mean().backward()
         self._optimizer.step()
 
-    def held_bytes(self) -> dict[str, int]:
-        """Return how many bytes this rank holds: of parameters, gradients and optimizer state; not collective."""
-        parameters = list(self._model.parameters())
-        gradients = (parameter.grad for parameter in parameters)
-        optimizer = self._optimizer
-        for name in ("torch_optimizer", "optimizer", "optim"):  # Heat's, dpoptim's and ZeRO's name of what they wrap
-            optimizer = getattr(optimizer, name, optimizer)
-        state = (value for entry in optimizer.state.values() for value in entry.values())
+    def held_bytes(self) -> dict[str, float]:
+        """Return how many bytes this rank holds, of shared memory its share; not collective."""
+        parameters, optimizer = list(self._model.parameters()), self._optimizer
+        num_holders = 1
+        if isinstance(optimizer, dpoptim.DataParallelOptimizer):
+            entries = optimizer.local_state_dict()["state"].values()
+            if optimizer.mode == "node-shared":
+                num_holders = optimizer.communicator.topology.local_size
+        else:
+            for name in ("torch_optimizer", "optim"):  # Heat's and ZeRO's name of what they wrap
+                optimizer = getattr(optimizer, name, optimizer)
+            entries = optimizer.state.values()
         return {
-            "parameters": _num_bytes(parameters),
-            "gradients": _num_bytes(gradients),
-            "state": _num_bytes(state),
+            "parameters": _num_bytes(parameters) / num_holders,
+            "gradients": _num_bytes(parameter.grad for parameter in parameters),
+            "state": _num_bytes(value for entry in entries for value in entry.values()),
         }
 
     def close(self) -> None:
