@@ -60,10 +60,8 @@ support: $(MAIN)/.test
 info: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info
 
-# A training step by every way there is, interleaved; needs a machine that is otherwise idle. glibc gives the memory of
-# freed gradients back to the system and takes it anew in every step, which costs all ways alike: not in a benchmark.
+# A training step by every way there is, interleaved; needs a machine that is otherwise idle.
 BENCH_RANKS ?= 1 2 3 4
-MALLOC = MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=200000000
 
 bench: $(MAIN)/.train
 	$(call run_bench,$(MAIN),step)
@@ -75,14 +73,14 @@ bench-heat: $(HEAT)/.test
 
 define run_bench
 @for n in $(BENCH_RANKS); do \
-	OMP_NUM_THREADS=1 $(MALLOC) $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
+	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
 		--json runs/bench/$(2)-$$n.json $(ARGS) || exit 1; \
 done
 endef
 
 # On hosts made of network namespaces (needs root): a training step over a slow link, and DASO.
 bench-links: $(HEAT)/.test
-	$(MALLOC) $(HEAT)/bin/python benchmarks/links.py --json runs/bench $(ARGS)
+	$(HEAT)/bin/python benchmarks/links.py --json runs/bench $(ARGS)
 
 bench-daso: $(HEAT)/.test
 	$(HEAT)/bin/python benchmarks/daso.py $(ARGS)

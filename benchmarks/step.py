@@ -5,8 +5,9 @@
 All ways (`contenders.py`) train the same models (`models.py`) with AdamW, in turn, round by round, in one run, in an
 order drawn anew for each round. What counts is the *overhead*: the median step less the median step of `local`, as a
 ratio to that of DDP with the same fused AdamW. Times drift with the machine; the ratio of medians of an interleaved run
-does less. The memory of a way is that of its construction and first steps (`memory.py`). A way that raises an error
-stands in the table with it. Set OMP_NUM_THREADS, and leave the machine alone meanwhile; `make bench` does more.
+does less. The memory of a way is that of its construction and first steps (`memory.py`). Freed memory is kept by the
+process (Note [glibc] there). A way that raises an error stands in the table with it. Set OMP_NUM_THREADS, and leave the
+machine alone meanwhile; `make bench` measures 1 to 4 ranks and draws.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, Program, start_gloo, stop_gloo
-from memory import PeakMemory
+from memory import PeakMemory, keep_freed_memory
 from models import MODELS, Task, tiny
 from mpi4py import MPI
 from report import tables
@@ -102,7 +103,6 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         "heat": heat,
         "rounds": args.rounds,
         "steps": args.steps,
-        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write every round's times here")
     args = parser.parse_args()
+    keep_freed_memory()
     start_gloo()
     result: dict[str, Any] = {"configuration": configuration(args), "models": {}}
     for name, make in MODELS.items():

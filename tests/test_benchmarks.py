@@ -14,7 +14,7 @@ HELD_MB = {"parameters": 2.0, "gradients": 2.0, "state": 4.0}
 def _result(**configuration):
     conf = {"ranks": 2, "nodes": 1, "processor": "x", "cores": 2, "threads": 1, "torch": "2", "mpi": "MPI 5"}
     return {
-        "configuration": conf | {"heat": None, "rounds": 3, "steps": 1, "malloc": {}} | configuration,
+        "configuration": conf | {"heat": None, "rounds": 3, "steps": 1} | configuration,
         "models": {
             "MLP": {
                 "local": {"ms": [9.0, 10.0, 30.0], "held_mb": HELD_MB, "peak_mb": 8.4},
