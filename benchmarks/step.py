@@ -74,7 +74,7 @@ def _start(name: str, make: Callable[[], Task]) -> tuple[Program | None, dict[st
             comm.Barrier()
         comm.Barrier()
     except Exception as caught:  # any, since it is another library's
-        error = f"{type(caught).__name__}: {caught}".splitlines()[0]
+        error = f"{type(caught).__name__}: {caught}".splitlines()[0][:160]
     errors = [other for other in comm.allgather(error) if other is not None]
     if errors or program is None:
         return None, {"fails": errors[0]}
