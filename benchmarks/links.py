@@ -10,12 +10,50 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hosts import Hosts, missing
 from report import tables
 
+__all__ = ["measure_on_hosts"]
+
 _CONTENDERS = ("local", "DDP", "replicated", "sharded", "node-shared")
+
+
+def measure_on_hosts(
+    num_hosts: int, ranks: int, rate: str | None, options: Sequence[str], *, timeout_s: float = 900
+) -> dict[str, Any]:
+    """Return what `step.py` measures with so many ranks on each of so many hosts.
+
+    Parameters
+    ----------
+    num_hosts, ranks : int
+        How many hosts, and how many ranks on each.
+    rate : str, optional
+        Bandwidth of each host's link; None as fast as it is.
+    options : sequence of str
+        Of `step.py`.
+
+    Raises
+    ------
+    RuntimeError
+        It failed, or took longer than ``timeout_s``; with what it has printed.
+    """
+    program = str(Path(__file__).with_name("step.py"))
+    with Hosts(num_hosts, rate=rate) as hosts, tempfile.TemporaryDirectory() as directory:
+        place = Path(directory, "result.json")
+        first = {"DPOPTIM_FIRST_HOST": hosts.addresses[0]}
+        try:
+            done = hosts.mpirun(ranks, program, *options, "--json", str(place), timeout_s=timeout_s, env=first)
+        except subprocess.TimeoutExpired as late:
+            raise RuntimeError(f"stopped after {timeout_s:g} s: {late.stdout}\n{late.stderr}") from late
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        result: dict[str, Any] = json.loads(place.read_text())
+    result["configuration"]["link"] = rate or "an unshaped link"
+    return result
 
 
 def main() -> None:
@@ -28,27 +66,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps in a round")
     parser.add_argument("--models", default="", help="only models whose name contains this")
     parser.add_argument("--contenders", nargs="+", default=list(_CONTENDERS), metavar="NAME")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for a run")
     parser.add_argument("--json", type=Path, help="directory for every round's times")
     args = parser.parse_args()
     reason = missing()
     if reason is not None:
         sys.exit(f"no hosts to be had: {reason}")
-    program = str(Path(__file__).with_name("step.py"))
+    options = ("--rounds", str(args.rounds), "--steps", str(args.steps), "--models", args.models)
     for ranks in args.ranks:
-        with Hosts(args.hosts, rate=args.rate) as hosts, tempfile.TemporaryDirectory() as directory:
-            place = Path(directory, "result.json")
-            options = ("--rounds", str(args.rounds), "--steps", str(args.steps), "--models", args.models)
-            command = (program, *options, "--json", str(place), "--contenders", *args.contenders)
-            first = {"DPOPTIM_FIRST_HOST": hosts.addresses[0]}
-            try:
-                done = hosts.mpirun(ranks, *command, timeout_s=args.timeout, env=first)
-            except subprocess.TimeoutExpired as late:
-                sys.exit(f"stopped after {args.timeout:g} s; until then:\n{late.stdout}\n{late.stderr}")
-            if done.returncode:
-                sys.exit(done.stderr)
-            result = json.loads(place.read_text())
-        result["configuration"]["link"] = args.rate
+        result = measure_on_hosts(args.hosts, ranks, args.rate, (*options, "--contenders", *args.contenders))
         print("\n".join(tables(result)), flush=True)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)

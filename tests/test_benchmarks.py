@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import report
+import scaling
 
 STEP = str(Path(__file__).parent.parent / "benchmarks" / "step.py")
 CONTENDERS = ["local", "DDP", "DDP + ZeRO", "FSDP2", "replicated", "sharded", "node-shared"]
@@ -61,3 +62,33 @@ def test_every_way_trains_under_mpirun(mpirun, tmp_path):
         assert held[name]["state"] == pytest.approx(whole["state"] / 2, rel=0.02), name
     for name in ["FSDP2", "node-shared"]:
         assert held[name]["parameters"] == pytest.approx(whole["parameters"] / 2, rel=0.02), name
+
+
+COSTS = scaling.Costs(4e-10, 8e-11, 1.1, 9e-10, 3e-5, 5e-5, 1e-4)
+
+
+def _points():
+    for hosts, ranks, link in [(1, 2, float("inf")), (1, 3, float("inf")), (2, 1, 125e6), (2, 2, 125e6), (3, 2, 4e7)]:
+        for gradient_bytes, calls in [(42e6, 5), (9.5e6, 12), (1.6e6, 1)]:
+            point = {"hosts": hosts, "ranks": ranks, "link": link, "cores": 2, "calls": calls}
+            place = scaling.Place(hosts, ranks, link, max(1, hosts * ranks / 2))
+            work = scaling.Workload(gradient_bytes, calls)
+            steps = {mode: 50 + scaling.overhead_s(COSTS, mode, place, work) * 1e3 for mode in scaling.MODES}
+            yield point | {"gradient_bytes": gradient_bytes, "ms": {"local": 50.0} | steps}
+
+
+def test_the_cost_model_finds_the_costs_that_made_the_measurements():
+    found = scaling.fit(list(_points()))
+    assert list(vars(found).values()) == pytest.approx(list(vars(COSTS).values()), rel=1e-6)
+
+
+def test_a_cost_is_never_negative():
+    points = list(_points())
+    for point in points:
+        point["ms"] |= {mode: ms - 2 * (point["ranks"] > 1) for mode, ms in point["ms"].items() if mode != "local"}
+    assert min(vars(scaling.fit(points)).values()) >= 0
+
+
+def test_one_rank_has_no_overhead_in_the_model():
+    for mode in scaling.MODES:
+        assert scaling.overhead_s(COSTS, mode, scaling.Place(1, 1, float("inf")), scaling.Workload(4e7, 5)) == 0
