@@ -12,6 +12,7 @@ from torch import nn
 import dpoptim.torch_optim as optimizers
 from dpoptim.communicator import Communicator, available_cores
 from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.overlap import try_overlap
 from dpoptim.partition import even_counts
 from dpoptim.version import __version__
 
@@ -62,7 +63,7 @@ def bench(seconds: float = 10) -> int:
 
     num_parameters = sum(parameter.numel() for parameter in _model().parameters())
     write(f"\nA training step of {num_parameters / 1e6:.1f} M parameters with AdamW, median ms")
-    times, overlap = _steps(communicator, seconds / 2)
+    times = _steps(communicator, seconds / 2)
     local_ms = times["local"]
     assert isinstance(local_ms, float)
     for name, result in times.items():
@@ -70,7 +71,7 @@ def bench(seconds: float = 10) -> int:
         write(f"{name:{_LABEL_WIDTH}}{text}")
 
     write("\nWhat was chosen, and why")
-    for name, reason in _choices(communicator, times, overlap=overlap).items():
+    for name, reason in _choices(communicator, times).items():
         write(f"{name:{_LABEL_WIDTH}}{reason}")
     return 0
 
@@ -114,8 +115,8 @@ def _batch_s(communicator: Communicator, action: Action, num_calls: int) -> floa
 # ---------------------------------------------------------------- steps
 
 
-def _steps(communicator: Communicator, budget_s: float) -> tuple[dict[str, float | str], bool]:
-    """Return the median ms of a step in every mode or why it is not here, and whether it overlaps by default.
+def _steps(communicator: Communicator, budget_s: float) -> dict[str, float | str]:
+    """Return the median ms of a step in every mode, or why it is not here.
 
     Collective. The steps are made in turn, round by round.
     """
@@ -152,7 +153,7 @@ def _steps(communicator: Communicator, budget_s: float) -> tuple[dict[str, float
     ]
     for opt in made:
         opt.detach()
-    return {name: statistics.median(times[name] for times in rounds) for name in programs} | results, overlap
+    return {name: statistics.median(times[name] for times in rounds) for name in programs} | results
 
 
 def _model() -> nn.Module:
@@ -174,17 +175,15 @@ def _training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Action:
 # ---------------------------------------------------------------- what was chosen
 
 
-def _choices(communicator: Communicator, times: dict[str, float | str], *, overlap: bool) -> dict[str, str]:
+def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[str, str]:
     """Say what dpoptim does here, each with the fact it was decided by; collective."""
     topology = communicator.topology
-    facts = communicator.all_gather_object((available_cores(), torch.get_num_threads()))
-    cores = [len(set[int]().union(*(facts[rank][0] for rank in node))) for node in topology.nodes]
-    wanted = [sum(facts[rank][1] + 1 for rank in node) for node in topology.nodes]
-    tightest = min(range(len(cores)), key=lambda node: cores[node] - wanted[node])
+    available = communicator.all_gather_object(available_cores())
+    cores = [len(set[int]().union(*(available[rank] for rank in node))) for node in topology.nodes]
     memory = communicator.node_memory()
     exchange = "large tensors through shared memory, small ones by messages"
     if memory != "yes":
-        exchange = f"by messages, not through shared memory: {memory.removeprefix('no ')}"
+        exchange = f"by messages, not through shared memory: {memory.removeprefix('no (').removesuffix(')')}"
     elif topology.num_nodes > 1:
         exchange += "; with other nodes by messages, all ranks of a node at once"
     shares = any(num_cores < len(node) for num_cores, node in zip(cores, topology.nodes, strict=True))
@@ -192,8 +191,7 @@ def _choices(communicator: Communicator, times: dict[str, float | str], *, overl
     modes = {name: ms for name, ms in times.items() if not name.startswith("local") and isinstance(ms, float)}
     return {
         "exchange in a node": exchange,
-        "overlap": f"{'on' if overlap else 'off'}: a core for each compute thread and for an exchanging thread of each "
-        f"rank makes {wanted[tightest]}, the node has {cores[tightest]}",
+        "overlap": str(try_overlap(communicator)),
         "waiting": "asleep: the node has more ranks than cores" if shares else "awake: every rank has a core",
         "step of AdamW": f"{step}, where torch's default is the loop over parameters",
         "fastest mode": min(modes, key=lambda name: modes[name]),
