@@ -18,7 +18,7 @@ HEAT := .venv-heat
 PYTEST = -m pytest -q --color=no --durations=10
 KILLS ?= 50
 
-.PHONY: support train test lint test-openmpi test-mpich test-kills bench bench-heat bench-daso info check clean
+.PHONY: support train test lint test-openmpi test-mpich test-kills bench bench-heat bench-links bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -60,13 +60,27 @@ support: $(MAIN)/.test
 info: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info
 
-# The training step against torch's DDP, interleaved; needs a machine that is otherwise idle.
-bench: $(MAIN)/.train
-	OMP_NUM_THREADS=1 $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python benchmarks/step.py $(ARGS)
+# A training step by every way there is, interleaved; needs a machine that is otherwise idle.
+BENCH_RANKS ?= 1 2 3 4
 
-# dpoptim.heat against Heat's own classes, and DASO on hosts made of network namespaces (needs root).
+bench: $(MAIN)/.train
+	$(call run_bench,$(MAIN),step)
+	$(MAIN)/bin/python benchmarks/report.py runs/bench/step-*.json --plot runs/bench/step.png
+
+# The same with Heat's own classes and those of the same names in dpoptim.heat.
 bench-heat: $(HEAT)/.test
-	OMP_NUM_THREADS=1 $(HEAT)/bin/mpirun -n $(RANKS) $(HEAT)/bin/python benchmarks/heat_step.py $(ARGS)
+	$(call run_bench,$(HEAT),heat)
+
+define run_bench
+@for n in $(BENCH_RANKS); do \
+	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
+		--json runs/bench/$(2)-$$n.json $(ARGS) || exit 1; \
+done
+endef
+
+# On hosts made of network namespaces (needs root): a training step over a slow link, and DASO.
+bench-links: $(HEAT)/.test
+	$(HEAT)/bin/python benchmarks/links.py --json runs/bench $(ARGS)
 
 bench-daso: $(HEAT)/.test
 	$(HEAT)/bin/python benchmarks/daso.py $(ARGS)

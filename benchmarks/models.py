@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Task"]
+__all__ = ["MODELS", "Task", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def _cnn() -> Task:
 
 def _many_small() -> Task:
     return Task(nn.Sequential(*(nn.Linear(36, 36) for _ in range(300)), nn.PReLU()), torch.randn(8, 36))
+
+
+def tiny() -> Task:
+    """Return a model too small to measure, for what is set up once."""
+    return Task(nn.Sequential(nn.Linear(4, 4), nn.PReLU()), torch.randn(2, 4))
 
 
 MODELS: dict[str, Callable[[], Task]] = {

@@ -1,125 +1,132 @@
-"""A training step of dpoptim against torch's DistributedDataParallel and against the same work without any exchange.
+"""A training step by every way there is: dpoptim's modes, torch's DDP, ZeRO and FSDP2, Heat, and without any exchange.
 
     mpirun -n 2 python benchmarks/step.py
 
-All train the same models with the same fused AdamW, in turn, round by round, in one run. What counts is the *overhead*:
-the median step less the median step of `local`, as a ratio to DDP's overhead. Times drift with the machine; the ratio
-of medians of an interleaved run does not. Set OMP_NUM_THREADS, and leave the machine alone meanwhile.
+All ways (`contenders.py`) train the same models (`models.py`) with AdamW, in turn, round by round, in one run, in an
+order drawn anew for each round. What counts is the *overhead*: the median step less the median step of `local`, as a
+ratio to that of DDP with the same fused AdamW. Times drift with the machine; the ratio of medians of an interleaved run
+does less. The memory of a way is that of its construction and first steps (`memory.py`). Freed memory is kept by the
+process (Note [glibc] there). A way that raises an error stands in the table with it. Set OMP_NUM_THREADS, and leave the
+machine alone meanwhile; `make bench` measures 1 to 4 ranks and draws.
 """
 
 import argparse
 import json
-import socket
+import os
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from models import MODELS, Task
+from contenders import CONTENDERS, Program, start_gloo, stop_gloo
+from memory import PeakMemory, keep_freed_memory
+from models import MODELS, Task, tiny
 from mpi4py import MPI
-from torch.nn.parallel import DistributedDataParallel
+from report import tables
 
-import dpoptim
 from dpoptim.communicator import Communicator
 
 comm = MPI.COMM_WORLD
-OPTIONS = {"lr": 1e-4}
+_WARM_UP_STEPS = 3
+_WARM_UP_ROUNDS = 2
 
 
-def local(task: Task) -> Callable[[], None]:
-    """Every rank trains for itself."""
-    return _step(task, task.model, torch.optim.AdamW(task.model.parameters(), fused=True, **OPTIONS))
-
-
-def ddp(task: Task) -> Callable[[], None]:
-    """DistributedDataParallel over gloo."""
-    optimizer = torch.optim.AdamW(task.model.parameters(), fused=True, **OPTIONS)
-    return _step(task, DistributedDataParallel(task.model), optimizer)
-
-
-def replicated(task: Task, *, overlap: bool) -> Callable[[], None]:
-    """DataParallelOptimizer."""
-    inner = dpoptim.AdamW(task.model.parameters(), **OPTIONS)
-    return _step(task, task.model, dpoptim.DataParallelOptimizer(inner, overlap=overlap))
-
-
-CONTENDERS: dict[str, Callable[[Task], Callable[[], None]]] = {
-    "local": local,
-    "DDP": ddp,
-    "dpoptim": lambda task: replicated(task, overlap=False),
-    "dpoptim, overlap": lambda task: replicated(task, overlap=True),
-}
-
-
-def _step(task: Task, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def step() -> None:
-        optimizer.zero_grad()
-        model(task.batch).float().pow(2).mean().backward()
-        optimizer.step()
-
-    return step
-
-
-def measure(make: Callable[[], Task], num_rounds: int, steps_a_round: int) -> dict[str, list[float]]:
-    """Return the milliseconds of a step in every round, of every contender. Collective."""
-    steps = {}
-    for name, contender in CONTENDERS.items():
-        torch.manual_seed(comm.rank)
-        steps[name] = contender(make())
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for round_number in range(num_rounds + 2):
-        for name, step in steps.items():
+def measure(make: Callable[[], Task], names: Sequence[str], num_rounds: int, num_steps: int) -> dict[str, Any]:
+    """Return each contender's milliseconds of a step in every round and its memory, or its error. Collective."""
+    programs: dict[str, Program] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        program, results[name] = _start(name, make)
+        if program is not None:
+            programs[name] = program
+    for round_number in range(_WARM_UP_ROUNDS + num_rounds):
+        order = random.Random(round_number).sample(sorted(programs), len(programs))  # noqa: S311  the same on all ranks
+        for name in order:
             comm.Barrier()
             start_s = time.perf_counter()
-            for _ in range(steps_a_round):
-                step()
+            for _ in range(num_steps):
+                programs[name].step()
             comm.Barrier()
-            if round_number >= 2:  # the first two warm up
-                times[name].append((time.perf_counter() - start_s) / steps_a_round * 1e3)
-    return times
+            if round_number >= _WARM_UP_ROUNDS:
+                results[name]["ms"].append(round((time.perf_counter() - start_s) / num_steps * 1e3, 3))
+    for program in programs.values():
+        program.close()
+    return results
 
 
-def start_gloo() -> None:
-    """Make the process group that DDP needs; rank 0 finds a free port for it."""
-    port = None
-    if comm.rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    address = f"tcp://127.0.0.1:{comm.bcast(port)}"
-    dist.init_process_group("gloo", init_method=address, rank=comm.rank, world_size=comm.size)
+def _start(name: str, make: Callable[[], Task]) -> tuple[Program | None, dict[str, Any]]:
+    """Make a contender's program and its first steps, measuring its memory; collective."""
+    error, program = None, None
+    memory = PeakMemory()
+    try:
+        first = CONTENDERS[name](tiny())  # what it loads and allocates once is not the model's
+        first.step()
+        first.close()
+        torch.manual_seed(comm.rank)
+        comm.Barrier()
+        with memory:
+            program = CONTENDERS[name](make())
+            for _ in range(_WARM_UP_STEPS):  # Heat's non-blocking step shows its errors in the second
+                program.step()
+            comm.Barrier()
+        comm.Barrier()
+    except Exception as caught:  # any, since it is another library's
+        error = f"{type(caught).__name__}: {caught}".splitlines()[0][:160]
+    errors = [other for other in comm.allgather(error) if other is not None]
+    if errors or program is None:
+        return None, {"fails": errors[0]}
+    held = comm.allgather(program.held_bytes())
+    held_mb = {kind: round(statistics.mean(other[kind] for other in held) / 1e6, 3) for kind in held[0]}
+    peak_mb = round(statistics.mean(comm.allgather(memory.peak_bytes)) / 1e6, 3)
+    return program, {"ms": [], "held_mb": held_mb, "peak_mb": peak_mb}
+
+
+def configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured, and on what; collective."""
+    communicator = Communicator.shared()
+    try:
+        from heat import __version__ as heat
+    except ImportError:
+        heat = None
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "ranks": comm.size,
+        "nodes": communicator.topology.num_nodes,
+        "processor": next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "mpi": communicator.library()["library"],
+        "heat": heat,
+        "rounds": args.rounds,
+        "steps": args.steps,
+    }
 
 
 def main() -> None:
-    """Measure every model and print the table on rank 0."""
+    """Measure every model and print the tables on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds; medians are over them")
     parser.add_argument("--steps", type=int, default=3, help="steps in a round")
     parser.add_argument("--models", default="", help="only models whose name contains this")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write every round's times here")
     args = parser.parse_args()
+    keep_freed_memory()
     start_gloo()
-    library = Communicator.shared().library()["library"]
-    if comm.rank == 0:
-        print(f"{comm.size} ranks, {torch.get_num_threads()} threads each, torch {torch.__version__}, {library}")
-        print(f"median ms a step, {args.rounds} rounds of {args.steps}; in brackets the overhead over local, DDP = 1\n")
-        print(f"| model | {' | '.join(CONTENDERS)} |")
-        print("|---" * (len(CONTENDERS) + 1) + "|")
-    raw = {}
+    result: dict[str, Any] = {"configuration": configuration(args), "models": {}}
     for name, make in MODELS.items():
-        if args.models not in name:
-            continue
-        raw[name] = measure(make, args.rounds, args.steps)
-        medians = {contender: statistics.median(times) for contender, times in raw[name].items()}
-        overhead = medians["DDP"] - medians["local"]
-        cells = [f"{median:.2f} ({(median - medians['local']) / overhead:.2f})" for median in medians.values()]
-        if comm.rank == 0:
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-    if comm.rank == 0 and args.json:
-        args.json.write_text(json.dumps({"ranks": comm.size, "torch": torch.__version__, "mpi": library, "ms": raw}))
-    dist.destroy_process_group()
+        if args.models in name:
+            result["models"][name] = measure(make, args.contenders, args.rounds, args.steps)
+    if comm.rank == 0:
+        print("\n".join(tables(result)), flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result))
+    stop_gloo()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Bucket:
     own_pieces : list of Piece
         What of each gradient is in this rank's part.
     flat : Tensor, 1-d
-        What to reduce, in place; valid from :meth:`pack` to :meth:`unpack`.
+        What to reduce, in place; valid from :meth:`pack` to :meth:`release`.
     scale : float
         What ``flat`` is still to be multiplied with.
     num_pending : int
@@ -144,6 +144,10 @@ class Bucket:
             sources.append(source)
         if targets:
             torch._foreach_copy_(targets, sources)
+
+    def release(self) -> None:
+        """Let go of the gradient that ``flat`` may be, or the next backward would find its memory taken."""
+        self.flat = self.flat.new_empty(0)
 
     def reduced(self, position: int) -> Tensor:
         """Return a new tensor with the reduced gradient at this position, for a parameter that had none here."""

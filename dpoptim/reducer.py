@@ -317,6 +317,7 @@ class Reducer:
     def _end(self) -> None:
         for bucket in self._buckets:
             bucket.num_pending = len(bucket.indices)
+            bucket.release()
         self._tasks.clear()
         self._arrived.clear()
         self._launched.clear()

@@ -142,6 +142,18 @@ def test_rank_0_alone_may_save_its_state(world, wrapped, tmp_path):
         assert torch.load(tmp_path / "state.pt", weights_only=True)["state"].keys() == opt.state_dict()["state"].keys()
 
 
+def test_gradients_belong_to_the_user_alone_after_backward(world):
+    model = nn.Linear(512, 512)  # large enough to travel from its own memory
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        opt.zero_grad()
+        model(torch.ones(1, 512)).sum().backward()
+        address = model.weight.grad.data_ptr()
+        assert all(bucket.flat.data_ptr() != address for bucket in opt._reducer._buckets)
+        opt.step()
+    opt.detach()
+
+
 def test_it_can_not_be_copied_or_pickled(wrapped):
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="save its state_dict"):

@@ -46,6 +46,7 @@ LEVELS = {
     "swa_utils": 8,
     "heat": 9,
     "diagnostics": 9,
+    "bench": 9,
     "__main__": 10,
     "__init__": 10,
 }
