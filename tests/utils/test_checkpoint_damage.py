@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from torch import nn
 import dpoptim
 from dpoptim.utils import checkpoint
 from dpoptim.utils.checkpoint import CheckpointError
-from dpoptim.utils.checkpoint.index import dump_index, parse_index
+from dpoptim.utils.checkpoint.index import checksum, dump_index, parse_index
 from dpoptim.utils.checkpoint.loading import open_checkpoint
 
 pytestmark = pytest.mark.once
@@ -66,7 +65,7 @@ def _edit(path, change, mend=True):
     change(head)
     if mend:
         text = json.dumps(head["content"], sort_keys=True, separators=(",", ":"))
-        head["crc32"] = f"{zlib.crc32(text.encode()):08x}"
+        head["xxh3_64"] = checksum(text.encode())
     index.write_text(json.dumps(head))
 
 
@@ -372,7 +371,7 @@ def test_an_index_with_anything_in_any_place_is_an_error_or_loads(good, edits):
     head = {
         "format": "dpoptim-checkpoint",
         "version": 1,
-        "crc32": f"{zlib.crc32(text.encode()):08x}",
+        "xxh3_64": checksum(text.encode()),
         "content": content,
     }
     (directory / "index.json").write_text(json.dumps(head))

@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpoptim.utils.checkpoint.error import CheckpointError
-from dpoptim.utils.checkpoint.index import CHUNK_BYTES, DTYPES, File, Piece, StoredTensor
+from dpoptim.utils.checkpoint.index import CHECKSUM_DIGITS, CHUNK_BYTES, DTYPES, File, Piece, StoredTensor, checksum
 
 __all__ = ["Reader", "Source", "fsync_directory", "read_text", "shard_entries", "write_shard", "write_text"]
 
@@ -59,18 +58,18 @@ def write_shard(path: Path, sources: Sequence[Source]) -> None:
         The disk is full, or something else is wrong with it. What was written is removed.
     """
     sources = sorted(sources, key=lambda source: -source.values.dtype.itemsize)  # keeps every tensor aligned
-    checksums = ["0" * 8 * -(-source.size_bytes // CHUNK_BYTES) for source in sources]
+    checksums = ["0" * CHECKSUM_DIGITS * -(-source.size_bytes // CHUNK_BYTES) for source in sources]
     room = len(_header(sources, checksums))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with open(descriptor, "wb", buffering=1 << 20) as file:  # noqa: PTH123  a descriptor has no Path
             file.seek(room)
             for number, source in enumerate(sources):
-                crc32s = []
+                of_chunks = []
                 for chunk in _host_chunks(source.values):
-                    crc32s.append(f"{zlib.crc32(chunk):08x}")
+                    of_chunks.append(checksum(chunk))
                     file.write(chunk)
-                checksums[number] = "".join(crc32s)
+                checksums[number] = "".join(of_chunks)
             file.seek(0)
             header = _header(sources, checksums)
             assert len(header) == room
@@ -89,12 +88,12 @@ def shard_entries(path: Path, number: int) -> tuple[File, list[tuple[str, torch.
         size_bytes = os.fstat(file.fileno()).st_size
         start = file.read(8)
         header = file.read(struct.unpack("<Q", start)[0])
-    facts = File(path.name, size_bytes, len(start + header), f"{zlib.crc32(start + header):08x}")
+    facts = File(path.name, size_bytes, len(start + header), checksum(start + header))
     parsed = json.loads(header)
     entries, offset = [], facts.header_bytes
-    for name, dtype_name, shape, first, stop, crc32s in json.loads(parsed["__metadata__"]["dpoptim"]):
+    for name, dtype_name, shape, first, stop, checksums in json.loads(parsed["__metadata__"]["dpoptim"]):
         dtype = getattr(torch, dtype_name)
-        entries.append((name, dtype, tuple(shape), Piece(number, offset, first, stop, crc32s)))
+        entries.append((name, dtype, tuple(shape), Piece(number, offset, first, stop, checksums)))
         offset += (stop - first) * dtype.itemsize
     assert offset == size_bytes, f"{path} has {size_bytes} bytes, its header describes {offset}"
     return facts, entries
@@ -153,7 +152,7 @@ class Reader:
         for name, stored in self.tensors.items():
             for piece in stored.pieces:
                 if piece.file == file:
-                    for number in range(len(piece.crc32s) // 8):
+                    for number in range(len(piece.checksums) // CHECKSUM_DIGITS):
                         self._chunk(name, stored, piece, number, None)
 
     def _read_into(self, flat: Tensor, name: str, first: int) -> None:
@@ -191,7 +190,8 @@ class Reader:
         size_bytes = min(CHUNK_BYTES, piece_bytes - number * CHUNK_BYTES)
         memory = memoryview(self._scratch)[:size_bytes] if memory is None else memory
         self._fill(memory, piece.file, piece.offset + number * CHUNK_BYTES)
-        if f"{zlib.crc32(memory):08x}" != piece.crc32s[8 * number : 8 * number + 8]:
+        place = CHECKSUM_DIGITS * number
+        if checksum(memory) != piece.checksums[place : place + CHECKSUM_DIGITS]:
             raise CheckpointError(
                 f"{self._path(piece.file)} is damaged: tensor '{name}' does not have its checksum in elements "
                 f"{piece.start} to {piece.stop}, bytes {piece.offset + number * CHUNK_BYTES} on"
@@ -221,7 +221,7 @@ class Reader:
                 raise CheckpointError(f"{path} is {what}: it has {size_bytes} bytes, the index says {facts.size_bytes}")
             header = bytearray(facts.header_bytes)
             self._fill(memoryview(header), file, 0)
-            if f"{zlib.crc32(header):08x}" != facts.header_crc32:
+            if checksum(header) != facts.header_checksum:
                 raise CheckpointError(f"{path} is damaged: its header does not have its checksum")
         return self._descriptors[file]
 
@@ -277,7 +277,7 @@ def _header(sources: Sequence[Source], checksums: Sequence[str]) -> bytes:
     """Return the first bytes of the file, of the same length whatever the checksums."""
     header: dict[str, Any] = {}
     pieces, offset = [], 0
-    for source, crc32s in zip(sources, checksums, strict=True):
+    for source, of_chunks in zip(sources, checksums, strict=True):
         dtype = source.values.dtype
         name = source.name if source.is_whole else f"{source.name}[{source.start}:{source.stop}]"
         shape = list(source.shape) if source.is_whole else [source.stop - source.start]
@@ -289,7 +289,7 @@ def _header(sources: Sequence[Source], checksums: Sequence[str]) -> bytes:
         }
         offset += source.size_bytes
         dtype_name = str(dtype).removeprefix("torch.")
-        pieces.append([source.name, dtype_name, list(source.shape), source.start, source.stop, crc32s])
+        pieces.append([source.name, dtype_name, list(source.shape), source.start, source.stop, of_chunks])
     text = json.dumps({"__metadata__": {"format": "pt", "dpoptim": json.dumps(pieces)}, **header}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -2,31 +2,33 @@
 
 ``index.json``::
 
-    {"format": "dpoptim-checkpoint", "version": 1, "crc32": "...", "content": {
+    {"format": "dpoptim-checkpoint", "version": 1, "xxh3_64": "...", "content": {
         "about":   {"created", "world_size", "dpoptim", "torch"},
-        "files":   [[name, size_bytes, header_bytes, header_crc32], ...],
-        "tensors": {name: [dtype, shape, [[file, offset, start, stop, crc32s], ...]], ...},
+        "files":   [[name, size_bytes, header_bytes, header_checksum], ...],
+        "tensors": {name: [dtype, shape, [[file, offset, start, stop, checksums], ...]], ...},
         "parts":   {name: {"kind": "module" | "optimizer" | "object" | "value", ...}},
         "ranks":   [{"rng": ..., "buffers": {module: [names]}}, ...]}}
 
 ``offset`` counts bytes from the beginning of the file; ``start`` and ``stop`` are elements of the flattened tensor.
-``crc32s`` has eight hexadecimal digits for every ``CHUNK_BYTES`` of a piece, so that a slice can be read and checked
-without the rest. The index's own checksum is that of its content, written without spaces and with sorted keys.
+Checksums are XXH3, of 64 bits; ``checksums`` has one, of sixteen hexadecimal digits, for every ``CHUNK_BYTES`` of a
+piece, so that a slice can be read and checked without the rest. The index's own checksum is that of its content,
+written without spaces and with sorted keys.
 """
 
 import json
 import math
 import re
-import zlib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+import xxhash
 
 from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.tree import tensor_names
 
 __all__ = [
+    "CHECKSUM_DIGITS",
     "CHUNK_BYTES",
     "DTYPES",
     "VERSION",
@@ -34,6 +36,7 @@ __all__ = [
     "Index",
     "Piece",
     "StoredTensor",
+    "checksum",
     "dump_index",
     "parse_index",
 ]
@@ -41,6 +44,7 @@ __all__ = [
 VERSION = 1
 FORMAT = "dpoptim-checkpoint"
 CHUNK_BYTES = 1 << 22
+CHECKSUM_DIGITS = 16
 
 # What safetensors calls each dtype; it has no complex128, which is stored as pairs of float64.
 DTYPES = {
@@ -75,7 +79,7 @@ class File:
     name: str
     size_bytes: int
     header_bytes: int
-    header_crc32: str
+    header_checksum: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Piece:
     offset: int
     start: int
     stop: int
-    crc32s: str
+    checksums: str
 
 
 @dataclass(frozen=True)
@@ -118,19 +122,19 @@ def dump_index(index: Index) -> str:
     """Return the text of ``index.json``."""
     content = {
         "about": index.about,
-        "files": [[file.name, file.size_bytes, file.header_bytes, file.header_crc32] for file in index.files],
+        "files": [[file.name, file.size_bytes, file.header_bytes, file.header_checksum] for file in index.files],
         "tensors": {
             name: [
                 str(tensor.dtype).removeprefix("torch."),
                 list(tensor.shape),
-                [[p.file, p.offset, p.start, p.stop, p.crc32s] for p in tensor.pieces],
+                [[p.file, p.offset, p.start, p.stop, p.checksums] for p in tensor.pieces],
             ]
             for name, tensor in index.tensors.items()
         },
         "parts": index.parts,
         "ranks": index.ranks,
     }
-    head = {"format": FORMAT, "version": VERSION, "crc32": _crc32_of(content), "content": content}
+    head = {"format": FORMAT, "version": VERSION, "xxh3_64": _checksum_of(content), "content": content}
     return json.dumps(head, allow_nan=False) + "\n"
 
 
@@ -151,7 +155,7 @@ def parse_index(text: str, where: str) -> Index:
             _fail(f"is of format version {version}, and this dpoptim reads up to {VERSION}: use a newer dpoptim")
         content = head.get("content")
         _expect(isinstance(content, dict), "has no content")
-        _expect(head.get("crc32") == _crc32_of(content), "is damaged: its content does not have its checksum")
+        _expect(head.get("xxh3_64") == _checksum_of(content), "is damaged: its content does not have its checksum")
         return _parse_content(content)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{where} is damaged or no index of a checkpoint: it {error}") from error
@@ -239,11 +243,11 @@ def _check_tensors(tree: Any, tensors: dict[str, StoredTensor]) -> None:
 
 def _parse_file(row: Any) -> File:
     _expect(isinstance(row, list) and len(row) == 4, f"lists a file as {str(row)[:50]}")
-    name, size_bytes, header_bytes, header_crc32 = row
+    name, size_bytes, header_bytes, header_checksum = row
     _expect(isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None, f"names a file {str(name)[:200]!r}")
     _expect(_is_count(size_bytes) and _is_count(header_bytes), f"has sizes of '{name}' that are no numbers")
-    _expect(8 <= header_bytes <= size_bytes and isinstance(header_crc32, str), f"has no header of '{name}'")
-    return File(name, size_bytes, header_bytes, header_crc32)
+    _expect(8 <= header_bytes <= size_bytes and isinstance(header_checksum, str), f"has no header of '{name}'")
+    return File(name, size_bytes, header_bytes, header_checksum)
 
 
 def _parse_tensor(name: str, row: Any, files: list[File]) -> StoredTensor:
@@ -256,7 +260,7 @@ def _parse_tensor(name: str, row: Any, files: list[File]) -> StoredTensor:
     parsed, reached = [], 0
     for piece in pieces:
         _expect(isinstance(piece, list) and len(piece) == 5, f"lists a piece of '{name}' as {str(piece)[:50]}")
-        file, offset, start, stop, crc32s = piece
+        file, offset, start, stop, checksums = piece
         _expect(all(_is_count(n) for n in (file, offset, start, stop)), f"has a piece of '{name}' without numbers")
         _expect(start == reached and stop >= start, f"has elements {start} to {stop} of '{name}' after {reached}")
         _expect(file < len(files), f"has '{name}' in file {file} of {len(files)}")
@@ -264,17 +268,23 @@ def _parse_tensor(name: str, row: Any, files: list[File]) -> StoredTensor:
         inside = files[file].header_bytes <= offset and offset + size_bytes <= files[file].size_bytes
         _expect(inside, f"has '{name}' outside of '{files[file].name}'")
         num_chunks = -(-size_bytes // CHUNK_BYTES)
-        _expect(isinstance(crc32s, str) and len(crc32s) == 8 * num_chunks, f"has no checksums of '{name}'")
-        parsed.append(Piece(file, offset, start, stop, crc32s))
+        is_complete = isinstance(checksums, str) and len(checksums) == CHECKSUM_DIGITS * num_chunks
+        _expect(is_complete, f"has no checksums of '{name}'")
+        parsed.append(Piece(file, offset, start, stop, checksums))
         reached = stop
     numel = math.prod(shape)
     _expect(reached == numel, f"has {reached} of the {numel} elements of '{name}'")
     return StoredTensor(dtype, tuple(shape), tuple(parsed))
 
 
-def _crc32_of(content: Any) -> str:
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """Return the checksum of bytes, in hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def _checksum_of(content: Any) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x}"
+    return checksum(text.encode())
 
 
 def _is_count(value: Any) -> bool:
