@@ -402,6 +402,21 @@ class Communicator:
         """Return the node's shared memory if this tensor is to go through it (Note [Ways])."""
         return self._find_ways() if tensor.device.type == "cpu" and tensor.nbytes >= _SHARED_MEMORY_BYTES else None
 
+    def _meets_asleep(self, tensor: Tensor) -> bool:
+        """Whether one meeting in shared memory, asleep, is less than a message: ranks of one node that share cores."""
+        return (
+            self._shares_cores
+            and self.topology.num_nodes == 1
+            and tensor.device.type == "cpu"
+            and StagingArea.sums(tensor.dtype)
+            and self._find_ways() is not None
+            and tensor.nbytes <= self._staging_here().small_bytes
+        )
+
+    def _staging_here(self) -> StagingArea:
+        assert self._ways is not None
+        return self._ways.staging_area
+
     def _run(self, collective: Callable[..., None], *args: Any, async_op: bool) -> Work:
         if self._thread is None or not async_op:
             collective(*args)
@@ -414,7 +429,9 @@ class Communicator:
             return
         with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
             ways = self._ways_for(host) if StagingArea.sums(host.dtype) else None
-            if ways is None:
+            if ways is None and self._meets_asleep(host):
+                self._staging_here().all_reduce_small(host, scale)
+            elif ways is None:
                 _scale(host, scale)
                 self._messages.all_reduce(host)
             elif self.topology.num_nodes == 1:

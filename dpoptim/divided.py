@@ -124,7 +124,7 @@ class Divided:
             Meets all ranks for a purpose, and raises on all if one is there for another.
         """
         if self._memory is not None:
-            meet("beginning a step")
+            meet("a step")
         failure = None
         try:
             if self._memory is not None:
@@ -132,11 +132,25 @@ class Divided:
             self._step.step()
         except Exception as error:  # raised below, when all ranks know
             failure = error
-        meet("a step" if failure is None else f"a step that failed: {type(failure).__name__}: {failure}")
+        if self._memory is not None:
+            self._check_all(failure)
+            return
+        meet("a step" if failure is None else f"a step that failed: {_described(failure)}")
         if failure is not None:
             raise failure
-        if self._memory is None:
-            self._exchange(buckets)
+        self._exchange(buckets)
+
+    def _check_all(self, failure: Exception | None) -> None:
+        """Wait until all ranks have stepped, and raise on all if one has failed; collective."""
+        num_failed = torch.tensor([float(failure is not None)])
+        self._communicator.all_reduce(num_failed)
+        if not num_failed.item():
+            return
+        failures = self._communicator.all_gather_object(None if failure is None else _described(failure))
+        if failure is not None:
+            raise raised_on_all_ranks(failure)
+        rank, text = next((rank, text) for rank, text in enumerate(failures) if text is not None)
+        raise raised_on_all_ranks(RuntimeError(f"rank {rank} had a step that failed: {text}"))
 
     @torch.no_grad()
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
@@ -230,6 +244,10 @@ class Divided:
                     for key, value in entry.items()
                 }
         self._step.load(state)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _shapes(param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, tuple[int, ...]]:

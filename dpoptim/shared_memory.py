@@ -177,6 +177,22 @@ class StagingArea:
             self._meet()
             self._take_sums(divided[-1], turn=self._turn - 1)
 
+    def all_reduce_small(self, tensor: Tensor, scale: float = 1.0) -> None:
+        """Do the same in one meeting: every rank sums everything itself. For tensors of at most :attr:`small_bytes`."""
+        numel = tensor.numel()
+        if not numel:
+            return
+        slots = [slot[:numel] for slot in self._in(tensor.dtype)]
+        _copy_scaled(slots[self._rank], tensor, scale)
+        self._meet()
+        tensor.copy_(_sum_of(slots))
+        self._turn += 1
+
+    @property
+    def small_bytes(self) -> int:
+        """The size of what fits one rank's area."""
+        return self._in_bytes
+
     def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor], scale: float = 1.0) -> None:
         """Sum ``scale`` times the parts over the ranks of the node; each keeps its part.
 
@@ -237,15 +253,7 @@ class StagingArea:
         start = self._rank * (slots[0].numel() // self._size)
         values = [own if rank == self._rank else slot[start : start + numel] for rank, slot in enumerate(slots)]
         total = self._out(own.dtype)[self._rank][:numel]
-        if own.dtype in _SUMMED_IN_FLOAT32:
-            wide = values[0].float()
-            for value in values[1:]:
-                wide += value
-            total.copy_(wide)
-        else:
-            torch.add(values[0], values[1], out=total)
-            for value in values[2:]:
-                total += value
+        _sum_of(values, out=total)
         output.copy_(total)
 
     def _take_sums(self, parts: Sequence[Tensor], turn: int) -> None:
@@ -281,6 +289,19 @@ class StagingArea:
 
     def _view(self, dtype: torch.dtype, offset_bytes: int, num_bytes: int) -> Tensor:
         return self._memory.tensor(dtype, [num_bytes // dtype.itemsize], offset_bytes)
+
+
+def _sum_of(values: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Sum two or more tensors (Note [Order of sums])."""
+    if values[0].dtype in _SUMMED_IN_FLOAT32:
+        wide = values[0].float()
+        for value in values[1:]:
+            wide += value
+        return wide if out is None else out.copy_(wide)
+    total = torch.add(values[0], values[1], out=out)
+    for value in values[2:]:
+        total += value
+    return total
 
 
 def _copy_scaled(target: Tensor, source: Tensor, scale: float) -> None:
