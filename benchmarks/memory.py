@@ -22,7 +22,7 @@ import gc
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["PeakMemory", "keep_freed_memory"]
+__all__ = ["PeakMemory", "give_back_freed_memory", "keep_freed_memory"]
 
 _glibc = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -35,10 +35,8 @@ def keep_freed_memory() -> None:
     _glibc.mallopt(_M_MMAP_THRESHOLD, 1_000_000_000)
 
 
-def _give_back_freed_memory() -> None:
-    """Let this process give memory back as soon as it is freed, and what it holds now."""
-    _glibc.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
-    _glibc.mallopt(_M_TOP_PAD, 0)
+def give_back_freed_memory() -> None:
+    """Let this process give the memory of tensors back as soon as they are freed, and all free memory it has now."""
     _glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     _glibc.malloc_trim(0)
 
@@ -46,7 +44,7 @@ def _give_back_freed_memory() -> None:
 class PeakMemory:
     """What is within the ``with`` statement, measured (Note [Peak]); local, but ranks that share memory go in step.
 
-    On leaving, the process keeps freed memory.
+    Use it before :func:`keep_freed_memory`, not after.
 
     Attributes
     ----------
@@ -58,14 +56,13 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
-        _give_back_freed_memory()
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
         self._before = _bytes("status", "RssAnon") + _bytes("smaps_rollup", "Pss_Shmem")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         private = _bytes("status", "VmHWM") - _bytes("status", "RssFile") - _bytes("status", "RssShmem")
-        keep_freed_memory()
         self.peak_bytes = private + _bytes("smaps_rollup", "Pss_Shmem") - self._before
 
 

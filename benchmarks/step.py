@@ -5,9 +5,9 @@
 All ways (`contenders.py`) train the same models (`models.py`) with AdamW, in turn, round by round, in one run, in an
 order drawn anew for each round. What counts is the *overhead*: the median step less the median step of `local`, as a
 ratio to that of DDP with the same fused AdamW. Times drift with the machine; the ratio of medians of an interleaved run
-does less. The memory of a way is that of its construction and first steps (`memory.py`). Freed memory is kept by the
-process (Note [glibc] there). A way that raises an error stands in the table with it. Set OMP_NUM_THREADS, and leave the
-machine alone meanwhile; `make bench` measures 1 to 4 ranks and draws.
+does less. The memory of a way, measured first, is that of its construction and first steps (`memory.py`). Later the
+process keeps freed memory (Note [glibc] there). A way that raises an error stands in the table with it. Set
+OMP_NUM_THREADS, and leave the machine alone meanwhile; `make bench` measures 1 to 4 ranks and draws.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, Program, start_gloo, stop_gloo
-from memory import PeakMemory, keep_freed_memory
+from memory import PeakMemory, give_back_freed_memory, keep_freed_memory
 from models import MODELS, Task, tiny
 from mpi4py import MPI
 from report import tables
@@ -34,16 +34,45 @@ _WARM_UP_STEPS = 3
 _WARM_UP_ROUNDS = 2
 
 
-def measure(make: Callable[[], Task], names: Sequence[str], num_rounds: int, num_steps: int) -> dict[str, Any]:
-    """Return each contender's milliseconds of a step in every round and its memory, or its error. Collective."""
+def measure_memory(make: Callable[[], Task], name: str) -> dict[str, Any]:
+    """Return the memory of a contender's construction and first steps, or its error; collective."""
+    error, held, memory = None, {}, PeakMemory()
+    try:
+        first = CONTENDERS[name](tiny())  # what it loads and allocates once is not the model's
+        first.step()
+        first.close()
+        comm.Barrier()
+        with memory:
+            program = CONTENDERS[name](make())
+            for _ in range(_WARM_UP_STEPS):  # Heat's non-blocking step shows its errors in the second
+                program.step()
+            comm.Barrier()
+        held = program.held_bytes()
+        comm.Barrier()  # what is shared is shared until all have looked
+        program.close()
+    except Exception as caught:  # any, since it is another library's
+        error = f"{type(caught).__name__}: {caught}".splitlines()[0][:160]
+    ranks = comm.allgather((error, held, memory.peak_bytes))
+    if any(other for other, _, _ in ranks):
+        return {"fails": next(other for other, _, _ in ranks if other)}
+    kinds = ("parameters", "gradients", "state")
+    return {
+        "held_mb": {kind: round(statistics.mean(held[kind] for _, held, _ in ranks) / 1e6, 3) for kind in kinds},
+        "peak_mb": round(statistics.mean(peak for _, _, peak in ranks) / 1e6, 3),
+    }
+
+
+def measure_times(
+    make: Callable[[], Task], names: Sequence[str], num_rounds: int, num_steps: int
+) -> dict[str, list[float]]:
+    """Return each contender's milliseconds of a step in every round; collective."""
     programs: dict[str, Program] = {}
-    results: dict[str, dict[str, Any]] = {}
     for name in names:
-        program, results[name] = _start(name, make)
-        if program is not None:
-            programs[name] = program
+        torch.manual_seed(comm.rank)
+        programs[name] = CONTENDERS[name](make())
+    times: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(_WARM_UP_ROUNDS + num_rounds):
-        order = random.Random(round_number).sample(sorted(programs), len(programs))  # noqa: S311  the same on all ranks
+        order = random.Random(round_number).sample(names, len(names))  # noqa: S311  the same on all ranks
         for name in order:
             comm.Barrier()
             start_s = time.perf_counter()
@@ -51,37 +80,10 @@ def measure(make: Callable[[], Task], names: Sequence[str], num_rounds: int, num
                 programs[name].step()
             comm.Barrier()
             if round_number >= _WARM_UP_ROUNDS:
-                results[name]["ms"].append(round((time.perf_counter() - start_s) / num_steps * 1e3, 3))
+                times[name].append(round((time.perf_counter() - start_s) / num_steps * 1e3, 3))
     for program in programs.values():
         program.close()
-    return results
-
-
-def _start(name: str, make: Callable[[], Task]) -> tuple[Program | None, dict[str, Any]]:
-    """Make a contender's program and its first steps, measuring its memory; collective."""
-    error, program = None, None
-    memory = PeakMemory()
-    try:
-        first = CONTENDERS[name](tiny())  # what it loads and allocates once is not the model's
-        first.step()
-        first.close()
-        torch.manual_seed(comm.rank)
-        comm.Barrier()
-        with memory:
-            program = CONTENDERS[name](make())
-            for _ in range(_WARM_UP_STEPS):  # Heat's non-blocking step shows its errors in the second
-                program.step()
-            comm.Barrier()
-        comm.Barrier()
-    except Exception as caught:  # any, since it is another library's
-        error = f"{type(caught).__name__}: {caught}".splitlines()[0][:160]
-    errors = [other for other in comm.allgather(error) if other is not None]
-    if errors or program is None:
-        return None, {"fails": errors[0]}
-    held = comm.allgather(program.held_bytes())
-    held_mb = {kind: round(statistics.mean(other[kind] for other in held) / 1e6, 3) for kind in held[0]}
-    peak_mb = round(statistics.mean(comm.allgather(memory.peak_bytes)) / 1e6, 3)
-    return program, {"ms": [], "held_mb": held_mb, "peak_mb": peak_mb}
+    return times
 
 
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,12 +117,18 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write every round's times here")
     args = parser.parse_args()
-    keep_freed_memory()
     start_gloo()
+    models = {name: make for name, make in MODELS.items() if args.models in name}
     result: dict[str, Any] = {"configuration": configuration(args), "models": {}}
-    for name, make in MODELS.items():
-        if args.models in name:
-            result["models"][name] = measure(make, args.contenders, args.rounds, args.steps)
+    give_back_freed_memory()
+    for model, make in models.items():
+        result["models"][model] = {name: measure_memory(make, name) for name in args.contenders}
+    keep_freed_memory()
+    for model, measured in result["models"].items():
+        working = [name for name in args.contenders if "fails" not in measured[name]]
+        times = measure_times(models[model], working, args.rounds, args.steps)
+        for name in working:
+            measured[name]["ms"] = times[name]
     if comm.rank == 0:
         print("\n".join(tables(result)), flush=True)
         if args.json:
