@@ -84,6 +84,7 @@ class Bucket:
         self.division = division
         whole = (0, self.numel) if division is None else (division.start, division.stop)
         self.own_pieces = pieces_within(self._numels, *whole)
+        self._cut = {piece.position for piece in self.own_pieces if piece.numel != self._numels[piece.position]}
 
     @property
     def own(self) -> Tensor:
@@ -117,7 +118,7 @@ class Bucket:
         bool
             Whether every gradient that is there fits the bucket.
         """
-        fitting = [gradient if gradient is not None and self.fits(gradient) else None for gradient in gradients]
+        fitting = self._those_that_fit(gradients)
         if len(fitting) == 1 and fitting[0] is not None and fitting[0].is_contiguous():
             self.flat = fitting[0].detach().view(-1)
         else:
@@ -133,13 +134,13 @@ class Bucket:
         if self.flat is not self._buffer:
             return
         targets, sources = [], []
+        fitting = self._those_that_fit(gradients)
         for piece in self.own_pieces:
-            gradient = gradients[piece.position]
-            if gradient is None or not self.fits(gradient):
+            target, source = fitting[piece.position], self._views[piece.position]
+            if target is None:
                 continue
-            target, source = gradient.detach(), self._views[piece.position]
-            if piece.numel != source.numel() and target.is_contiguous():
-                target, source = (tensor.view(-1)[piece.start : piece.stop] for tensor in (target, source))
+            if piece.position in self._cut and target.is_contiguous():
+                target, source = (tensor.detach().view(-1)[piece.start : piece.stop] for tensor in (target, source))
             targets.append(target)
             sources.append(source)
         if targets:
@@ -153,6 +154,14 @@ class Bucket:
         """Return a new tensor with the reduced gradient at this position, for a parameter that had none here."""
         flat = torch.split(self.flat, self._numels)[position]
         return flat.view(self.shapes[position]).clone()
+
+    def _those_that_fit(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Put None for gradients that do not fit; as :meth:`fits`, of which hundreds of calls would be felt."""
+        dtype, device = self.dtype, self.device
+        return [
+            g if g is not None and g.dtype == dtype and g.device == device and not g.is_sparse else None
+            for g in gradients
+        ]
 
     def _filled_buffer(self, gradients: Sequence[Tensor | None]) -> Tensor:
         if self._buffer is None:

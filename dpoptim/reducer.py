@@ -228,7 +228,7 @@ class Reducer:
 
     def on_gradient(self, index: int) -> None:
         """Take note that a parameter's gradient is ready; called by autograd."""
-        if not self._is_enabled or self.is_accumulating:
+        if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
             self.has_local_gradients = True
             return
         task = _current_graph_task_id()

@@ -223,7 +223,7 @@ def _align(state: Any, lists: Sequence[list[Any]]) -> None:
     of a channels-last parameter would be applied to other elements.
     """
     arrays = [entries for entries in lists if any(isinstance(entry, Tensor) and entry.dim() for entry in entries)]
-    if all(entry is None or entry.is_contiguous() for entry in chain.from_iterable(arrays)):
+    if all(map(Tensor.is_contiguous, [entry for entry in chain.from_iterable(arrays) if entry is not None])):
         return
     for index, parameter in enumerate(lists[0]):
         for place, entries in enumerate(arrays[1:], 1):

@@ -702,3 +702,11 @@ def test_no_warning_is_given_without_a_reason(mode):
         warnings.simplefilter("error")
         _, opt = _wrapped(mode)
     opt.detach()
+
+
+def test_a_model_that_is_converted_later_is_an_error_on_all(world, mode):
+    model, opt = _wrapped(mode)
+    train(opt, model, _part(world))
+    model.float()
+    with pytest.raises(RuntimeError, match="move or convert the model first, then construct the optimizer"):
+        train(opt, model, _part(world).float())

@@ -29,6 +29,26 @@ print("ready", flush=True)
 """
 
 
+SMALL = """
+import torch
+from dpoptim.communicator import Communicator
+from dpoptim.shared_memory import StagingArea
+communicator = Communicator()
+rank, size = communicator.rank, communicator.world_size
+area = StagingArea(communicator, sleeping=True)
+for turn in range(12):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8):
+        own = torch.arange(turn % 7).to(dtype) + rank
+        expected = sum((torch.arange(turn % 7).to(dtype) + other).double() for other in range(size)).to(dtype)
+        area.all_reduce_small(own)
+        assert torch.equal(own, expected), (turn, dtype)
+    large = torch.full((700_001,), float(rank))
+    area.all_reduce(large, 0.5)
+    assert torch.equal(large, torch.full((700_001,), 0.5 * size * (size - 1) / 2))
+print("equal")
+"""
+
+
 def _files():
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("dpoptim-")}
 
@@ -39,6 +59,12 @@ def _assert_nothing_is_left(before):
     while not (now := _files()) <= before and time.monotonic() < end_s:
         time.sleep(0.1)
     assert now <= before
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_small_and_large_sums_in_turns(mpirun, num_ranks):
+    done = mpirun(num_ranks, "-c", SMALL)
+    assert done.stdout.count("equal") == num_ranks, done.stderr
 
 
 def test_nothing_is_left_behind(mpirun):
