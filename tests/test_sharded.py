@@ -421,6 +421,7 @@ def test_a_parameter_may_be_given_other_memory_where_it_is_the_ranks_own(world):
 # ---------------------------------------------------------------- state
 
 
+@pytest.mark.supports("state_dict", limits="full_state_dict() where the state is divided")
 def test_state_dict_says_what_to_call_instead(world, mode):
     _several(world)
     model, opt = _wrapped(mode)
