@@ -29,6 +29,7 @@ _HELD_OUT = [(1, 4, None), (2, 1, "600mbit"), (2, 2, "300mbit"), (3, 1, "1gbit")
 # A model of which no measurement is fitted, not even those of the places above.
 _HELD_OUT_MODEL = "transformer"
 
+_ALONE_BYTES = 1 << 19  # as in dpoptim/reducer.py: a gradient of so many bytes travels alone
 _LOCAL_STEPS = 16
 # Assumed, not measured: the network reads memory by itself, and a message takes 2 us.
 _FAST_NETWORK = {"network_s": 0.0, "message_s": 2e-6, "meeting_s": 4e-6}
@@ -156,7 +157,7 @@ def fit(points: Sequence[dict[str, Any]]) -> Costs:
 
 def _place(point: dict[str, Any]) -> Place:
     num_ranks = point["hosts"] * point["ranks"]
-    return Place(point["hosts"], point["ranks"], point["link"], max(1.0, num_ranks / point["cores"]))
+    return Place(point["hosts"], point["ranks"], _bytes_a_second(point["rate"]), max(1.0, num_ranks / point["cores"]))
 
 
 def _work(point: dict[str, Any]) -> Workload:
@@ -170,7 +171,7 @@ def _bytes_a_second(rate: str | None) -> float:
 
 
 def measure(path: Path, rounds: int) -> None:
-    """Measure all places and write the medians."""
+    """Measure all places and write the medians; goes on after the places that are in the file."""
     from hosts import missing
     from links import measure_on_hosts
     from models import MODELS
@@ -178,30 +179,31 @@ def measure(path: Path, rounds: int) -> None:
     reason = missing()
     if reason is not None:
         sys.exit(f"no hosts to be had: {reason}")
-    large_bytes = 1 << 19  # as in dpoptim/reducer.py: a larger gradient travels alone
-    points = []
+    measured: dict[str, Any] = {"rounds": rounds, "points": []}
+    if path.exists():
+        measured = json.loads(path.read_text())
     for hosts, ranks, rate in [*_FITTED, *_HELD_OUT]:
+        if any((point["hosts"], point["ranks"], point["rate"]) == (hosts, ranks, rate) for point in measured["points"]):
+            continue
         options = ("--rounds", str(rounds), "--steps", "1", "--contenders", "local", *MODES)
         result = measure_on_hosts(hosts, ranks, rate, options)
-        conf = result["configuration"]
+        measured["machine"] = {key: result["configuration"][key] for key in ("processor", "cores", "torch", "mpi")}
         for name, contenders in result["models"].items():
             sizes = [parameter.nbytes for parameter in MODELS[name]().model.parameters()]
-            points.append(
+            measured["points"].append(
                 {
                     "hosts": hosts,
                     "ranks": ranks,
                     "rate": rate,
-                    "link": _bytes_a_second(rate),
-                    "cores": conf["cores"],
+                    "cores": measured["machine"]["cores"],
                     "model": name,
                     "gradient_bytes": sum(sizes),
-                    "calls": sum(size >= large_bytes for size in sizes) + any(size < large_bytes for size in sizes),
+                    "calls": sum(size >= _ALONE_BYTES for size in sizes) + any(size < _ALONE_BYTES for size in sizes),
                     "ms": {mode: round(statistics.median(contenders[mode]["ms"]), 3) for mode in ("local", *MODES)},
                 }
             )
+        path.write_text(json.dumps(measured, indent=1))
         print(f"{hosts} x {ranks}, {rate or 'no link'}: done", flush=True)
-    machine = {key: conf[key] for key in ("processor", "cores", "torch", "mpi")}
-    path.write_text(json.dumps({"machine": machine, "rounds": rounds, "points": points}, indent=1))
 
 
 def _is_held_out(point: dict[str, Any]) -> bool:
@@ -213,20 +215,27 @@ def _is_held_out(point: dict[str, Any]) -> bool:
 
 
 def _print_costs(costs: Costs) -> None:
-    speed = {
-        "through shared memory": costs.memory_s,
-        "of AdamW's step": costs.step_s,
-        "between a core and the network": costs.network_s,
+    def bandwidth(seconds: float) -> str:
+        return f"{1e-9 / seconds:.2f} GB/s a rank" if seconds else "nothing that could be told from the rest"
+
+    def latency(seconds: float) -> str:
+        return f"{seconds * 1e6:.0f} us" if seconds else "nothing that could be told from the rest"
+
+    rows = {
+        "memory: a byte through shared memory": bandwidth(costs.memory_s),
+        "step: AdamW, a byte of gradient": bandwidth(costs.step_s),
+        "wire: a byte on the link": f"{costs.wire:.2f} of what its bandwidth says",
+        "network: a byte between core and network": bandwidth(costs.network_s),
+        "node call: a collective in a node": latency(costs.node_call_s),
+        "message: between nodes, waiting for the last": latency(costs.message_s),
+        "meeting: of all ranks, a doubling of them": latency(costs.meeting_s),
     }
-    for name, seconds in speed.items():
-        print(f"{name:34}{f'{1e-9 / seconds:.2f} GB/s a rank' if seconds else 'no cost found'}")
-    print(f"{'of the link':34}{1 / costs.wire:.2f} of its bandwidth" if costs.wire else "the link costs nothing")
-    for name in ("node_call_s", "message_s", "meeting_s"):
-        print(f"{name.removesuffix('_s').replace('_', ' '):34}{getattr(costs, name) * 1e6:.0f} us")
+    print("| cost of | |\n|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {value} |")
 
 
-def _print_errors(title: str, points: Sequence[dict[str, Any]], costs: Costs) -> None:
-    print(f"\n{title}\n")
+def _print_errors(points: Sequence[dict[str, Any]], costs: Costs) -> None:
     print(f"| hosts x ranks, link | model | {' | '.join(MODES)} |")
     print("|---" * (len(MODES) + 2) + "|")
     errors = []
@@ -316,11 +325,15 @@ def main() -> None:
     measured = json.loads(args.measured.read_text())
     fitted = [point for point in measured["points"] if not _is_held_out(point)]
     costs = fit(fitted)
-    print("Fitted costs\n")
+    machine = measured["machine"]
+    print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['mpi']}; medians of")
+    print(f"{measured['rounds']} interleaved rounds of a step.\n\n### Costs\n")
     _print_costs(costs)
-    _print_errors("Fitted: measured ms, of the model ms (error)", fitted, costs)
-    held_out = [point for point in measured["points"] if _is_held_out(point)]
-    _print_errors("Held out: measured ms, predicted ms (error)", held_out, costs)
+    print("\n### Held out: measured ms, predicted ms, error\n")
+    _print_errors([point for point in measured["points"] if _is_held_out(point)], costs)
+    print("\n### Fitted: measured ms, ms of the model, error\n")
+    _print_errors(fitted, costs)
+    print("\n### Predicted, ms a step")
     for scenario in _scenarios(measured["points"]):
         _print_predictions(costs, scenario)
 

@@ -12,6 +12,12 @@ Note [Large messages]
 An MPI-3 count is a C int. Messages are cut to ``max_message_bytes``, which also bounds the scratch memory of MPI
 and of the 16-bit sums.
 
+Note [Numbers of ranks]
+-----------------------
+MPICH's all-reduce of large messages is made for powers of two: among 3 hosts it sends more than twice the bytes that
+are needed (304 ms for 10.5 MB over 1 Gbit/s, where a reduce-scatter and an all-gather take 118). So large sums over
+other numbers of ranks are made of these two.
+
 Note [Patience]
 ---------------
 MPI waits by asking again and again, which takes a whole core. Where ranks share cores, or a thread waits beside a
@@ -55,6 +61,8 @@ _MPI_SUM_TYPES = {
     torch.uint16: "UINT16_T",
     torch.uint8: "UINT8_T",
 }
+# Smaller messages are faster in MPI's own all-reduce, whatever the number of ranks.
+_IN_PARTS_BYTES = 1 << 19
 _SHORTEST_NAP_S = 5e-5
 # At 10 Gbit/s 250 KB arrive in so long, which the network's own buffers hold.
 _LONGEST_NAP_S = 2e-4
@@ -151,8 +159,15 @@ class Messages:
         if tensor.dtype in SUMMED_IN_FLOAT32:
             self._all_reduce_in_float32(tensor)
             return
+        is_power_of_two = self.world_size & (self.world_size - 1) == 0
         for chunk in self._chunks(tensor):
-            self._call("Allreduce", chunk.nbytes, self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
+            if is_power_of_two or chunk.nbytes < _IN_PARTS_BYTES:
+                self._call("Allreduce", chunk.nbytes, self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
+            else:  # Note [Numbers of ranks]
+                counts = even_counts(chunk.numel(), self.world_size)
+                part = chunk.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+                self.reduce_scatter(part, chunk, counts)
+                self.all_gather(chunk, counts)
 
     def start_all_reduce(self, tensor: Tensor) -> "Pending":
         """Start to sum over all ranks, in place, by MPI itself; does not block."""

@@ -68,9 +68,10 @@ COSTS = scaling.Costs(4e-10, 8e-11, 1.1, 9e-10, 3e-5, 5e-5, 1e-4)
 
 
 def _points():
-    for hosts, ranks, link in [(1, 2, float("inf")), (1, 3, float("inf")), (2, 1, 125e6), (2, 2, 125e6), (3, 2, 4e7)]:
+    for hosts, ranks, rate in [(1, 2, None), (1, 3, None), (2, 1, "1gbit"), (2, 2, "1gbit"), (3, 2, "320mbit")]:
         for gradient_bytes, calls in [(42e6, 5), (9.5e6, 12), (1.6e6, 1)]:
-            point = {"hosts": hosts, "ranks": ranks, "link": link, "cores": 2, "calls": calls}
+            point = {"hosts": hosts, "ranks": ranks, "rate": rate, "cores": 2, "calls": calls}
+            link = {None: float("inf"), "1gbit": 125e6, "320mbit": 40e6}[rate]
             place = scaling.Place(hosts, ranks, link, max(1, hosts * ranks / 2))
             work = scaling.Workload(gradient_bytes, calls)
             steps = {mode: 50 + scaling.overhead_s(COSTS, mode, place, work) * 1e3 for mode in scaling.MODES}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dpoptim.communicator
+import dpoptim.messages
 from dpoptim.communicator import Communicator
 from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
@@ -76,7 +77,9 @@ def _sum(communicator, numel, dtype):
 # collected, so that a rank that finds it does not leave the others in the next collective.
 
 
-def test_all_reduce(communicator):
+@pytest.mark.parametrize("in_parts_bytes", [0, 1 << 19])
+def test_all_reduce(communicator, in_parts_bytes, monkeypatch):
+    monkeypatch.setattr(dpoptim.messages, "_IN_PARTS_BYTES", in_parts_bytes)
     wrong = []
     for dtype in SUMMED:
         for numel in NUMELS:
