@@ -268,6 +268,7 @@ class _Part:
         self._home = home
         self._buffer: Tensor | None = None
         self._mirror: _Mirror | None = None
+        self._is_loaded = False  # what this rank owns is in the buffer, as it is to be sent
         self._gradients: _Mirror | None = None
         if home is None and (len(parameters) > 1 or not parameters[0].is_contiguous()):
             self._buffer = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
@@ -295,6 +296,7 @@ class _Part:
             return
         if self._mirror is not None:
             self._mirror.copy_in(self.parameters)
+            self._is_loaded = True
         if len(self.parameters) == 1:
             (gradient,) = gradients
             for unit in units:
@@ -311,13 +313,14 @@ class _Part:
         """Return the flat tensor of which this rank has its part ready, and the other owners theirs."""
         if self._buffer is None:
             return self.parameters[0].detach().view(-1)
-        if not self._by_element:
+        if not self._is_loaded:
             assert self._mirror is not None
             self._mirror.copy_in(self.parameters)
         return self._buffer
 
     def gathered(self) -> None:
         """Bring what the owners have sent to the parameters."""
+        self._is_loaded = False
         if self._buffer is not None:
             torch._foreach_copy_(self.parameters, self._views)
 

@@ -372,6 +372,18 @@ def test_averages_of_the_weights(world, mode):
     opt.detach()
 
 
+def test_parameters_without_gradients_stay_as_they_are(world, mode):
+    model, idle = seeded(), seeded(seed=1)
+    groups = [{"params": list(model.parameters())}, {"params": list(idle.parameters())}]
+    opt = dpoptim.DataParallelOptimizer(dpoptim.AdamW(groups, lr=0.01), **mode)
+    for step in range(3):
+        train(opt, model, _part(world, step))
+        _agreed(world, all(map(torch.equal, idle.parameters(), seeded(seed=1 + step).parameters())), f"step {step}")
+        with opt.exclusive():
+            idle.load_state_dict(seeded(seed=2 + step).state_dict())
+    opt.detach()
+
+
 def test_groups_with_options_of_their_own(world, mode):
     sizes = part_sizes(world.size, equal=True)
     model, expected = seeded(), seeded()
