@@ -718,6 +718,7 @@ def test_no_warning_is_given_without_a_reason(mode):
 
 
 def test_a_model_that_is_converted_later_is_an_error_on_all(world, mode):
+    _several(world)
     model, opt = _wrapped(mode)
     train(opt, model, _part(world))
     model.float()
