@@ -39,6 +39,9 @@ __all__ = ["Node", "SharedMemory", "StagingArea"]
 
 _DIRECTORY = "/dev/shm"  # noqa: S108 - in memory; mkstemp makes the name and the mode safe
 _CACHE_LINE_BYTES = 64
+# What a rank copies in between two meetings: what suits caches; more for ranks that take turns on a core, where a
+# meeting takes a turn of each (4 ranks on 2 cores: a tenth to a third less of the exchange than with 1 MiB).
+_AWAKE_BYTES, _ASLEEP_BYTES = 1 << 20, 1 << 22
 _SUMMED = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
@@ -135,7 +138,7 @@ class StagingArea:
 
     def __init__(self, node: Node, *, sleeping: bool = False, chunk_bytes: int | None = None) -> None:
         self._rank, self._size = node.rank, node.world_size
-        wanted = chunk_bytes or max(1 << 20, self._size << 16)
+        wanted = chunk_bytes or max(_ASLEEP_BYTES if sleeping else _AWAKE_BYTES, self._size << 16)
         while True:
             part_bytes = _rounded_up(-(-wanted // self._size))
             self._in_bytes, self._out_bytes = part_bytes * self._size, part_bytes
