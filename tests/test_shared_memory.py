@@ -152,6 +152,7 @@ def _refuse(*_):
     raise OSError("no map")
 
 
+@pytest.mark.once  # with Open MPI: MPICH itself dies of a small /dev/shm
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
 def test_a_small_dev_shm(tmp_path):
     """In a mount namespace of its own: room for a part of the staging area, then for none."""

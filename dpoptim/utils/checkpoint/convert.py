@@ -135,17 +135,19 @@ def _form(part: Mapping[str, Any], model: Mapping[str, Any]) -> Form:
 
 def _read_dcp(source: Path) -> dict[str, Any]:
     everything: dict[str, Any] = {}
+    storage = _Storage(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch speaks of a process group that is not needed here
             _load_state_dict(  # what torch's own conversion calls
                 everything,
-                storage_reader=_Storage(source),
+                storage_reader=storage,
                 planner=_Planner(),  # type: ignore[no-untyped-call]
                 no_dist=True,
             )
     except (OSError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
-        raise CheckpointError(f"{source} can't be read as a torch.distributed.checkpoint: {error}") from error
+        reason = storage.refused or error  # some versions of torch go on without metadata
+        raise CheckpointError(f"{source} can't be read as a torch.distributed.checkpoint: {reason}") from error
     return everything
 
 
@@ -169,10 +171,16 @@ _METADATA_PARTS = {
 
 
 class _Storage(FileSystemReader):
+    refused: Exception | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
         with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            try:
+                metadata = _MetadataUnpickler(file).load()
+            except Exception as error:
+                self.refused = error
+                raise
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = getattr(self, "storage_meta", lambda: None)()
         return cast("Metadata", metadata)
