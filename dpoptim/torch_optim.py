@@ -236,6 +236,19 @@ def _align(state: Any, lists: Sequence[list[Any]]) -> None:
                 kept[next(key for key, value in kept.items() if value is entry)] = aligned
 
 
+def _begin_adagrad(optimizer: Any, group: dict[str, Any]) -> None:
+    """Give parameters of a group added later the state that torch up to 2.11 makes in the constructor alone."""
+    for parameter in group["params"]:
+        if parameter.grad is None or optimizer.state[parameter]:
+            continue
+        start = optimizer.defaults["initial_accumulator_value"]
+        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float64 if wide else torch.float32),
+            "sum": torch.full_like(parameter, complex(start, start) if parameter.is_complex() else start),
+        }
+
+
 def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
     """Put what ``_init_group`` has collected for one group into blocks, where that is faster."""
     if torch.compiler.is_compiling() or any(gradient.is_sparse for gradient in lists[1]):
@@ -292,6 +305,8 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
             and any(p.grad is not None and p.grad.is_sparse for p in group["params"])
         ):
             group["fused"] = False
+        if name == "Adagrad":
+            _begin_adagrad(self, group)
         found = torch_class._init_group(self, group, *lists)  # type: ignore[attr-defined]
         if group.get("fused"):
             _align(self.state, lists)

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
-from oracle import MODES, Net, joined_batch, local_part, seeded, train
+from oracle import MODES, joined_batch, local_part, model_for, seeded, train
 from torch import nn
 
 import dpoptim
@@ -58,7 +58,7 @@ class Run:
 
     def __init__(self, comm, name, options, seed=0, mode="replicated", **more):
         self.comm = comm
-        self.model = seeded(lambda: nn.Sequential(Own(), Net()), seed)
+        self.model = seeded(lambda: nn.Sequential(Own(), model_for(name)()), seed)
         groups = self._groups(name)
         inner = getattr(dpoptim, name)(groups, **options)
         self.opt = dpoptim.DataParallelOptimizer(inner, comm, module=self.model, **MODES[mode], **more)
@@ -70,7 +70,9 @@ class Run:
 
     def _groups(self, name):
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        return named if name == "LBFGS" else [{"params": named[:3], "lr": 0.02}, {"params": named[3:]}]
+        if name == "LBFGS" or len(named) < 4:
+            return named
+        return [{"params": named[:3], "lr": 0.02}, {"params": named[3:]}]
 
     def train(self, num_steps):
         for _ in range(num_steps):

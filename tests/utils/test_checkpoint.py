@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 from checkpoints import MODES, Run, agreed, sub_communicators
-from oracle import OPTIMIZERS, assert_same_parameters, seeded
+from oracle import EVERY_OPTIMIZER, NAMES_AND_MODES, OPTIMIZERS, assert_same_parameters, seeded
 from test_state_dict import assert_same
 from torch import nn
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.parallel
 
 CONFIGURATIONS = [
     (name, options, mode)
-    for name, options in OPTIMIZERS
+    for name, options in [*OPTIMIZERS, *(pair for pair in EVERY_OPTIMIZER.items() if pair[0] in ("Muon", "SparseAdam"))]
     for mode in MODES
-    if mode == "replicated" or name != "LBFGS"  # which stays replicated
+    if (name, mode) in NAMES_AND_MODES
 ]
 
 
