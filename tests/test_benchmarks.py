@@ -46,6 +46,7 @@ def test_the_plot_is_drawn(tmp_path):
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.once
 def test_every_way_trains_under_mpirun(mpirun, tmp_path):
     place = tmp_path / "result.json"
     options = ("--rounds", "1", "--steps", "1", "--models", "small", "--json", str(place), "--contenders")

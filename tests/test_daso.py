@@ -162,6 +162,7 @@ def test_blocking_phases_equal_the_plain_optimizer(world):
 
 @pytest.mark.parametrize("placement", ["own", "pairs", "unequal"])
 @pytest.mark.parametrize("stop", [(1, 1), (1, 2), (2, 3), (3, 0)])
+@pytest.mark.once
 @pytest.mark.ranks(4)  # where all placements differ
 def test_a_run_resumed_in_the_middle_of_a_cycle_equals_the_uninterrupted_one(world, tmp_path, placement, stop):
     sizes = [3 + rank for rank in range(world.size)]

@@ -44,7 +44,9 @@ def _wrap(name, options, model, **settings):
     return dpoptim.DataParallelOptimizer(inner, module=model, **settings)
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    "equal", [pytest.param(True, id="equal", marks=pytest.mark.ranks(2)), pytest.param(False, id="unequal")]
+)
 @pytest.mark.parametrize(("name", "options"), OPTIMIZERS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_optimizer_ends_where_one_process_ends(world, mode, name, options, equal):
     sizes = part_sizes(world.size, equal=equal)

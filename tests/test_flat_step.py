@@ -456,6 +456,7 @@ def compiler():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own code
+@pytest.mark.once
 @pytest.mark.parametrize("name", FLAT)
 @pytest.mark.supports("{name}", implementations="compiled")
 def test_compiled_steps_are_equal_to_rounding(name, compiler):

@@ -468,6 +468,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("module", "message"),
     [("old", "needs Heat >= 1.7, got 1.6.0: pip install --upgrade heat"), ("None", "which is not installed")],

@@ -67,7 +67,7 @@ NAMES = [*ARGUMENTS, "ChainedScheduler", "SequentialLR", "SWALR"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.supports("{name}", replicated="yes", sharded="{mode}")
 def test_the_same_rates_for_100_steps(world, name, mode):

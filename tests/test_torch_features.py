@@ -276,7 +276,7 @@ def compiler():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own code
-@pytest.mark.skipif(MPI.COMM_WORLD.size not in (1, 3), reason="compiling takes seconds: alone and on three ranks")
+@pytest.mark.skipif(MPI.COMM_WORLD.size > 2, reason="compiling takes seconds: on one and two ranks")
 @pytest.mark.supports("torch.compile of the model", replicated="yes")
 def test_a_compiled_model(world, compiler):
     opt, plain, model, expected = _sgd_pair(Matrices)

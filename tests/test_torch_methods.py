@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import dpoptim
 
-pytestmark = [pytest.mark.parallel, pytest.mark.ranks(3)]
+pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2)]
 
 every_optimizer = pytest.mark.parametrize(("name", "mode"), NAMES_AND_MODES)
 

@@ -17,7 +17,7 @@ import torch
 
 from dpoptim.utils import checkpoint
 
-NUM_KILLS = int(os.environ.get("DPOPTIM_TEST_KILLS", "10"))
+NUM_KILLS = int(os.environ.get("DPOPTIM_TEST_KILLS", "6"))
 
 # Saves without end, and says when a save has returned. In the weights every element is the number of the save.
 PROGRAM = """

@@ -40,7 +40,10 @@ for step in range(100):
 )
 
 
-@pytest.mark.parametrize(("num_ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (4, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("num_ranks", "number"),
+    [(1, signal.SIGTERM), (2, signal.SIGUSR1), pytest.param(4, signal.SIGTERM, marks=pytest.mark.once)],
+)
 def test_all_ranks_save_and_leave_at_the_same_step(mpirun, tmp_path, num_ranks, number):
     done = mpirun(num_ranks, "-c", PROGRAM, str(tmp_path), str(int(number)), str(num_ranks == 2))
     assert done.returncode == preemption.EXIT_CODE == 75, done.stderr
