@@ -16,7 +16,7 @@ def _numbers(output, name):
 
 @pytest.mark.once
 def test_bench_measures_collectives_and_steps_and_gives_reasons(mpirun):
-    done = mpirun(3, "-m", "dpoptim", "bench", "--seconds", "1", timeout_s=100)
+    done = mpirun(3, "-m", "dpoptim", "bench", "--seconds", "0.5", timeout_s=100)
     assert (done.returncode, done.stderr) == (0, "")
     output = done.stdout
     assert output.count("memcpy") == 1, "one rank alone prints"

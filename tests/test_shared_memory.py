@@ -61,10 +61,9 @@ def _assert_nothing_is_left(before):
     assert now <= before
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_small_and_large_sums_in_turns(mpirun, num_ranks):
-    done = mpirun(num_ranks, "-c", SMALL)
-    assert done.stdout.count("equal") == num_ranks, done.stderr
+def test_small_and_large_sums_in_turns(mpirun):
+    done = mpirun(4, "-c", SMALL)
+    assert done.stdout.count("equal") == 4, done.stderr
 
 
 def test_nothing_is_left_behind(mpirun):
