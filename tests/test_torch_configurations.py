@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.parallel,
-    pytest.mark.ranks(2),  # some 190 configurations
+    pytest.mark.ranks(3),  # some 190 configurations
 ]
 
 NUM_STEPS = 10
