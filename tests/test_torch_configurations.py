@@ -15,6 +15,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.parallel,
+    pytest.mark.once,
     pytest.mark.ranks(3),  # some 190 configurations
 ]
 
