@@ -242,9 +242,10 @@ def _begin_adagrad(optimizer: Any, group: dict[str, Any]) -> None:
         if parameter.grad is None or optimizer.state[parameter]:
             continue
         start = optimizer.defaults["initial_accumulator_value"]
-        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        fused = {"dtype": torch.float32, "device": parameter.device}
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float64 if wide else torch.float32),
+            "step": torch.zeros((), **(fused if group["fused"] else {"dtype": dtype})),
             "sum": torch.full_like(parameter, complex(start, start) if parameter.is_complex() else start),
         }
 

@@ -47,15 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(support.recorder(num_ranks, rank), "support")
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out a file whose import alone takes every rank seconds, where none of its tests are for this number."""
-    if UNDER_MPIRUN and collection_path.name == "test_torch_configurations.py":
-        from mpi4py import MPI
-
-        return True if MPI.COMM_WORLD.size != 3 and config.args == config.getini("testpaths") else None
-    return None
-
-
 _left_out = pytest.StashKey[int]()
 
 

@@ -8,7 +8,6 @@ from dpoptim import diagnostics
 from dpoptim.__main__ import main
 
 
-@pytest.mark.once
 def test_info_says_what_is_here(mpirun):
     done = mpirun(3, "-m", "dpoptim", "info")
     assert (done.returncode, done.stderr) == (0, "")

@@ -107,6 +107,25 @@ def test_the_same_bits_while_gradients_come_and_go(name, dtype):
     assert not any(parameter.untyped_storage().nbytes() > parameter.nbytes for parameter in pair.ours)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_adagrad_begins_a_later_group_as_the_first(dtype, fused):
+    """Against torch's with both groups from the start, since torch up to 2.11 makes no state for a later one."""
+    options = {"lr": 0.1, "initial_accumulator_value": 0.5, "fused": None if dtype.is_complex else fused}
+    ours, theirs = ([torch.nn.Parameter(torch.ones(5, dtype=dtype)) for _ in range(2)] for _ in range(2))
+    opt = dpoptim.Adagrad(ours[:1], **options)
+    opt.add_param_group({"params": ours[1:]})
+    plain = torch.optim.Adagrad([{"params": theirs[:1]}, {"params": theirs[1:]}], lr=0.1, initial_accumulator_value=0.5)
+    for optimizer, parameters in ((opt, ours), (plain, theirs)):
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.25)
+            optimizer.step()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other)
+        torch.testing.assert_close(opt.state[own]["sum"], plain.state[other]["sum"])
+
+
 @pytest.mark.parametrize("name", [*FUSED, "SGD"])
 def test_gradients_and_state_in_another_memory_layout(name):
     """Against the loop: torch's fused kernels would apply them to other elements."""

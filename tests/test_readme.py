@@ -1,4 +1,4 @@
-"""The README's code runs under mpirun, and its links lead somewhere."""
+"""The README's code runs, on one rank and under mpirun, and its links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,12 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.once
-def test_python_blocks_run(mpirun, tmp_path):
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_python_blocks_run(mpirun, num_ranks, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        done = mpirun(3, "-W", "error", "-c", block, cwd=tmp_path)
+        done = mpirun(num_ranks, "-W", "error", "-c", block, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dpoptim
 
-pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2)]
+pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2, 3)]
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)

@@ -76,7 +76,6 @@ def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, name, option
             run.end()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("loading_mode", MODES)
 @pytest.mark.parametrize("saving_mode", MODES)
 @pytest.mark.ranks(4)  # and their first 1, 2 and 3
