@@ -25,6 +25,7 @@ from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
 from dpoptim.messages import Messages, Pending
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.peer_memory import PeerMemory
 from dpoptim.shared_memory import SharedMemory, StagingArea
 
 __all__ = ["Communicator", "Pending", "Topology", "Work", "available_cores"]
@@ -145,6 +146,7 @@ class Communicator:
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
+        self._may_wait = False  # whether the collective that is being started may be done with others
         if self.world_size == self.topology.num_nodes:
             self._why_no_ways = "every rank is alone on its node"
         if self.world_size > 1:
@@ -212,9 +214,10 @@ class Communicator:
         scale : float
             This rank's factor.
         """
-        _check_summable(_flat(tensor).dtype)
+        flat = _flat(tensor)
+        _check_summable(flat.dtype)
         counts = self._checked_counts(output, tensor, counts)
-        return self._run(self._reduce_scatter, _flat(output), _flat(tensor), counts, scale, async_op=async_op)
+        return self._run(self._reduce_scatter, _flat(output), flat, counts, scale, async_op=async_op)
 
     def all_gather(
         self, output: Tensor, tensor: Tensor, *, counts: Sequence[int] | None = None, async_op: bool = False
@@ -380,10 +383,11 @@ class Communicator:
         """Set up shared memory at its first use; collective then, with the same answer on all ranks."""
         if self._ways is not None or self._why_no_ways is not None:
             return self._ways
-        staging, error = None, None
+        staging, peers, error = None, None, None
         if self.topology.local_size > 1:
             try:
                 staging = StagingArea(self._node, sleeping=self._shares_cores)
+                peers = self._find_peers(staging)
             except OSError as caught:
                 error = str(caught)
         self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)
@@ -395,12 +399,25 @@ class Communicator:
         if self.topology.num_nodes > 1:
             is_owner = self.topology.local_rank < num_owners
             counterparts = self._messages.split(self.topology.local_rank if is_owner else None, self.topology.node)
-        self._ways = _NodeWays(staging, counterparts, num_owners)
+        self._ways = _NodeWays(staging, peers, counterparts, num_owners)
         return self._ways
+
+    def _find_peers(self, staging: StagingArea) -> PeerMemory | None:
+        """Try whether the ranks of this node may read each other's memory; collective in the node."""
+        try:
+            return PeerMemory(self._node, staging.meet)
+        except OSError as error:
+            logger.info("large tensors pass through a staging area: %s (rank %d)", error, self.rank)
+            return None
 
     def _ways_for(self, tensor: Tensor) -> "_NodeWays | None":
         """Return the node's shared memory if this tensor is to go through it (Note [Ways])."""
-        return self._find_ways() if tensor.device.type == "cpu" and tensor.nbytes >= _SHARED_MEMORY_BYTES else None
+        if tensor.device.type != "cpu" or (tensor.nbytes < _SHARED_MEMORY_BYTES and not self._may_wait):
+            return None
+        ways = self._find_ways()
+        if ways is None or tensor.nbytes >= _SHARED_MEMORY_BYTES:
+            return ways
+        return ways if ways.peers is not None and self.topology.num_nodes == 1 else None
 
     def _meets_asleep(self, tensor: Tensor) -> bool:
         """Whether one meeting in shared memory, asleep, is less than a message: ranks of one node that share cores."""
@@ -410,76 +427,93 @@ class Communicator:
             and tensor.device.type == "cpu"
             and StagingArea.sums(tensor.dtype)
             and self._find_ways() is not None
-            and tensor.nbytes <= self._staging_here().small_bytes
+            and self._ways is not None
+            and tensor.nbytes <= self._ways.staging_area.small_bytes
         )
 
-    def _staging_here(self) -> StagingArea:
-        assert self._ways is not None
-        return self._ways.staging_area
+    def _run(self, collective: Callable[..., Work], *args: Any, async_op: bool) -> Work:
+        """Run a collective: here, on the thread, or with others as far as it can wait (Note [Batches])."""
+        if self._thread is not None and async_op:
+            on_stream = on_same_stream(collective, args[0].device)
+            return _Submitted(self._thread.submit(lambda: on_stream(*args).wait()))
+        self._may_wait = async_op
+        try:
+            work = collective(*args)
+        finally:
+            self._may_wait = False
+        if async_op:
+            return work
+        work.wait()
+        return _DONE
 
-    def _run(self, collective: Callable[..., None], *args: Any, async_op: bool) -> Work:
-        if self._thread is None or not async_op:
-            collective(*args)
-            return _DONE
-        return _Submitted(self._thread.submit(on_same_stream(collective, args[0].device), *args))
-
-    def _all_reduce(self, tensor: Tensor, scale: float) -> None:
+    def _all_reduce(self, tensor: Tensor, scale: float) -> Work:
         if self.world_size == 1:
             _scale(tensor, scale)
-            return
+            return _DONE
         with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
             ways = self._ways_for(host) if StagingArea.sums(host.dtype) else None
             if ways is None and self._meets_asleep(host):
-                self._staging_here().all_reduce_small(host, scale)
+                assert self._ways is not None
+                self._ways.staging_area.all_reduce_small(host, scale)
             elif ways is None:
                 _scale(host, scale)
                 self._messages.all_reduce(host)
             elif self.topology.num_nodes == 1:
-                ways.staging_area.all_reduce(host, scale)
+                ways.memory.all_reduce(host, scale)
+                return _done_unless_here(ways.memory, host, tensor)
             else:
                 counts = even_counts(host.numel(), ways.num_owners) + [0] * (self.topology.local_size - ways.num_owners)
-                parts = torch.split(host, counts)
+                parts = torch.split_with_sizes(host, counts)
                 own = parts[self.topology.local_rank]
-                self._sum_parts(ways, own, parts, scale)
+                self._sum_parts(ways, own, parts, scale).wait()
                 if ways.staging is not None:
-                    ways.staging.all_gather(parts)
+                    ways.memory.all_gather(parts)
+                    ways.memory.wait()
+        return _DONE
 
-    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor], scale: float) -> None:
+    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor], scale: float) -> Work:
         """Sum over the node, then over the counterparts on other nodes."""
         if ways.staging is not None:
-            ways.staging.reduce_scatter(output, parts, scale)
+            ways.memory.reduce_scatter(output, parts, scale)
+            if ways.counterparts is None:
+                return ways.memory
+            ways.memory.wait()
         else:
             output.copy_(parts[0])
             _scale(output, scale)
         if ways.counterparts is not None:
             ways.counterparts.all_reduce(output)
+        return _DONE
 
-    def _reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> None:
+    def _reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
         ways = self._find_ways()
         if ways is None:
             raise RuntimeError(f"node_shared=True needs shared memory on every node: {self._why_no_ways}")
         with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
-            self._sum_parts(ways, host_output, torch.split(host_source, counts), scale)
+            work = self._sum_parts(ways, host_output, torch.split_with_sizes(host_source, counts), scale)
+            return _done_unless_here(work, host_source, source)
 
-    def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> None:
+    def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
         with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
             ways = self._ways_for(host_source) if StagingArea.sums(host_source.dtype) else None
             if ways is None or not self.topology.is_even:
                 scaled = host_source if scale == 1.0 else host_source * scale
                 self._messages.reduce_scatter(host_output, scaled, counts)
-                return
-            parts = torch.split(host_source, counts)
+                return _DONE
+            parts = torch.split_with_sizes(host_source, counts)
             if self.topology.num_nodes == 1:
-                ways.staging_area.reduce_scatter(host_output, parts, scale)
-                return
+                ways.memory.reduce_scatter(host_output, parts, scale)
+                return _done_unless_here(ways.memory, host_source, source)
             own_counts = [counts[node[self.topology.local_rank]] for node in self.topology.nodes]
             own_parts = host_source.new_empty(sum(own_counts))
             for node, own in zip(self.topology.nodes, torch.split(own_parts, own_counts), strict=True):
-                ways.staging_area.reduce_scatter(own, [parts[rank] for rank in node], scale)
+                ways.memory.reduce_scatter(own, [parts[rank] for rank in node], scale)
+            ways.memory.wait()
             assert ways.counterparts is not None
             ways.counterparts.reduce_scatter(host_output, own_parts, own_counts)
+            return _DONE
 
-    def _all_gather(self, output: Tensor, tensor: Tensor, counts: list[int]) -> None:
+    def _all_gather(self, output: Tensor, tensor: Tensor, counts: list[int]) -> Work:
         own = output.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
         if own.data_ptr() != tensor.data_ptr():
             own.copy_(tensor)
@@ -487,8 +521,8 @@ class Communicator:
             ways = self._ways_for(host)
             if ways is None or not self.topology.is_even:
                 self._messages.all_gather(host, counts)
-                return
-            parts = torch.split(host, counts)
+                return _DONE
+            parts = torch.split_with_sizes(host, counts)
             if ways.counterparts is not None:
                 own_ranks = [node[self.topology.local_rank] for node in self.topology.nodes]
                 gathered = torch.cat([parts[rank] for rank in own_ranks])
@@ -497,13 +531,14 @@ class Communicator:
                 for rank, values in zip(own_ranks, torch.split(gathered, own_counts), strict=True):
                     parts[rank].copy_(values)
             for node in self.topology.nodes:
-                ways.staging_area.all_gather([parts[rank] for rank in node])
+                ways.memory.all_gather([parts[rank] for rank in node])
+            return _done_unless_here(ways.memory, host, output)
 
-    def _broadcast(self, tensor: Tensor, root: int) -> None:
-        if self.world_size == 1:
-            return
-        with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
-            self._messages.broadcast(host, root)
+    def _broadcast(self, tensor: Tensor, root: int) -> Work:
+        if self.world_size > 1:
+            with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
+                self._messages.broadcast(host, root)
+        return _DONE
 
     def _checked_counts(self, part: Tensor, whole: Tensor, counts: Sequence[int] | None) -> list[int]:
         """Return each rank's share in numbers of the flat view, where a complex element is two."""
@@ -526,8 +561,14 @@ class _NodeWays:
     """What ranks of a node have beside messages (Note [Ways])."""
 
     staging: StagingArea | None
+    peers: PeerMemory | None
     counterparts: Messages | None
     num_owners: int
+
+    @property
+    def memory(self) -> PeerMemory | StagingArea:
+        """What large tensors pass through, where every node has several ranks."""
+        return self.peers or self.staging_area
 
     @property
     def staging_area(self) -> StagingArea:
@@ -546,8 +587,18 @@ def available_cores() -> set[int]:
 _DONE = _Done()
 
 
+def _done_unless_here(work: Work, host: Tensor, tensor: Tensor) -> Work:
+    """Finish what was started for a copy in host memory, which goes back to the device now."""
+    if host is tensor:
+        return work
+    work.wait()
+    return _DONE
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """Return a 1-d view on the numbers of a contiguous tensor; complex ones as pairs of reals."""
+    if tensor.dim() == 1 and tensor.is_contiguous() and not (tensor.requires_grad or tensor.is_complex()):
+        return tensor
     tensor = tensor.detach()
     if not tensor.is_contiguous():
         raise ValueError(

@@ -9,12 +9,14 @@ reads device memory.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["host_memory", "on_same_stream"]
+
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -40,14 +42,14 @@ def host_memory(*tensors: Tensor, direct: Callable[[str], bool]) -> Iterator[tup
     stream.synchronize()  # torch's pinned allocator would keep the buffer alive, MPI's next call would not
 
 
-def on_same_stream(collective: Callable[..., None], device: torch.device) -> Callable[..., None]:
+def on_same_stream(collective: Callable[..., _T], device: torch.device) -> Callable[..., _T]:
     """Let a collective on another thread wait for, and continue, the caller's current stream."""
     if device.type == "cpu":
         return collective
     stream = torch.accelerator.current_stream(device)
 
-    def run(*args: Any) -> None:
+    def run(*args: Any) -> _T:
         torch.accelerator.set_stream(stream)
-        collective(*args)
+        return collective(*args)
 
     return run

@@ -154,9 +154,14 @@ class Divided:
 
     @torch.no_grad()
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
-        for part in self._step.parts(buckets):
+        parts = self._step.parts(buckets)
+        works = []
+        for part in parts:
             flat, division = part.to_gather(), part.division
-            self._communicator.all_gather(flat, flat[division.start : division.stop], counts=division.counts)
+            own = flat[division.start : division.stop]
+            works.append(self._communicator.all_gather(flat, own, counts=division.counts, async_op=True))
+        for part, work in zip(parts, works, strict=True):
+            work.wait()
             part.gathered()
 
     # ---------------------------------------------------------------- gradients

@@ -16,6 +16,7 @@ rank's part has one, the others get one into the rest, so that all find it.
 Buckets and their order are fixed (Note [Who owns what] in sharding.py); they are not planned anew but woken.
 """
 
+import cmath
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -130,7 +131,7 @@ class DividedReducer(Reducer):
 
     def _flags(self, had_gradient: bytes) -> list[float]:
         (changed,) = super()._flags(had_gradient)
-        self._is_finite = all(_is_finite(bucket.own) for bucket in self._buckets)
+        self._is_finite = _are_finite([bucket.own for bucket in self._buckets])
         return [changed, float(not self._is_finite)]
 
     def _settle(self, reports: Sequence[Report] | None, flags: Tensor) -> None:
@@ -186,7 +187,7 @@ class DividedReducer(Reducer):
             work.wait()
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()
-        are_finite = all(_is_finite(bucket.own) for bucket, _ in self._launched[num_reduced:])
+        are_finite = _are_finite([bucket.own for bucket, _ in self._launched[num_reduced:]])
         self._is_finite = self._is_finite and are_finite
         flag = torch.tensor([float(not are_finite)])
         self.communicator.all_reduce(flag)
@@ -213,6 +214,7 @@ def _before_adding(reducer: DividedReducer, index: int, parameter: Tensor) -> An
     return parameter.register_hook(lambda _: reducer.before_adding(index))
 
 
-def _is_finite(flat: Tensor) -> bool:
-    """Whether all elements are; a sum that is finite says so in one pass."""
-    return bool(torch.isfinite(flat.detach().sum())) or bool(torch.isfinite(flat).all())
+def _are_finite(parts: Sequence[Tensor]) -> bool:
+    """Whether all elements are; sums that are finite say so in one pass."""
+    sums = [part.sum().item() for part in parts]
+    return all(map(cmath.isfinite, sums)) or all(bool(torch.isfinite(part).all()) for part in parts)

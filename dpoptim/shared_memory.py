@@ -35,7 +35,7 @@ from torch import Tensor
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.sleeping_barrier import SleepingBarrier
 
-__all__ = ["Node", "SharedMemory", "StagingArea"]
+__all__ = ["SUMMED_IN_FLOAT32", "Node", "SharedMemory", "StagingArea"]
 
 _DIRECTORY = "/dev/shm"  # noqa: S108 - in memory; mkstemp makes the name and the mode safe
 _CACHE_LINE_BYTES = 64
@@ -43,7 +43,7 @@ _CACHE_LINE_BYTES = 64
 # meeting takes a turn of each (4 ranks on 2 cores: a tenth to a third less of the exchange than with 1 MiB).
 _AWAKE_BYTES, _ASLEEP_BYTES = 1 << 20, 1 << 22
 _SUMMED = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
+SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
 class Node(Protocol):
@@ -149,18 +149,18 @@ class StagingArea:
                 if chunk_bytes or wanted <= 1 << 16:
                     raise
                 wanted >>= 2
-        self._meet = node.barrier
+        self.meet = node.barrier
         if sleeping and SleepingBarrier.is_here():
             numel = SleepingBarrier.words_needed(self._size)
             words = SharedMemory(node, 4 * numel).tensor(torch.int32, [numel])
-            self._meet = SleepingBarrier(words, self._rank, self._size).wait
+            self.meet = SleepingBarrier(words, self._rank, self._size).wait
         self._turn = 0
         self._views: dict[torch.dtype, list[tuple[list[Tensor], list[Tensor]]]] = {}
 
     @staticmethod
     def sums(dtype: torch.dtype) -> bool:
         """Whether it can sum tensors of this dtype."""
-        return dtype in _SUMMED or dtype in _SUMMED_IN_FLOAT32
+        return dtype in _SUMMED or dtype in SUMMED_IN_FLOAT32
 
     def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> None:
         """Sum ``scale`` times the tensor over the ranks of the node, in place; every rank has a scale of its own."""
@@ -169,7 +169,7 @@ class StagingArea:
         if divided:
             self._put(divided[0], scale)
         for index, parts in enumerate(divided):
-            self._meet()
+            self.meet()
             if index:
                 self._take_sums(divided[index - 1], turn=self._turn - 1)
             self._sum(parts[self._rank], parts[self._rank], scale)
@@ -177,7 +177,7 @@ class StagingArea:
             if index + 1 < len(divided):
                 self._put(divided[index + 1], scale)
         if divided:
-            self._meet()
+            self.meet()
             self._take_sums(divided[-1], turn=self._turn - 1)
 
     def all_reduce_small(self, tensor: Tensor, scale: float = 1.0) -> None:
@@ -187,7 +187,7 @@ class StagingArea:
             return
         slots = [slot[:numel] for slot in self._in(tensor.dtype)]
         _copy_scaled(slots[self._rank], tensor, scale)
-        self._meet()
+        self.meet()
         tensor.copy_(_sum_of(slots))
         self._turn += 1
 
@@ -215,7 +215,7 @@ class StagingArea:
         for index in range(num_chunks):
             pieces = [pieces[index] if index < len(pieces) else output[:0] for pieces in windows]
             self._put(pieces, scale)
-            self._meet()
+            self.meet()
             if index < len(outputs):
                 self._sum(outputs[index], pieces[self._rank], scale)
             self._turn += 1
@@ -228,11 +228,14 @@ class StagingArea:
             slots = self._in(torch.uint8)
             pieces = [part[index * self._in_bytes : (index + 1) * self._in_bytes] for part in flat]
             slots[self._rank][: pieces[self._rank].numel()].copy_(pieces[self._rank])
-            self._meet()
+            self.meet()
             for owner, piece in enumerate(pieces):
                 if owner != self._rank and piece.numel():
                     piece.copy_(slots[owner][: piece.numel()])
             self._turn += 1
+
+    def wait(self) -> None:
+        """Nothing is left to wait for: every method blocks."""
 
     # ---------------------------------------------------------------- how
 
@@ -296,7 +299,7 @@ class StagingArea:
 
 def _sum_of(values: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Sum two or more tensors (Note [Order of sums])."""
-    if values[0].dtype in _SUMMED_IN_FLOAT32:
+    if values[0].dtype in SUMMED_IN_FLOAT32:
         wide = values[0].float()
         for value in values[1:]:
             wide += value
