@@ -167,6 +167,14 @@ class Communicator:
         """Whether collectives with ``async_op=True`` go on while the caller does."""
         return self._thread is not None
 
+    @property
+    def scales_for_free(self) -> bool:
+        """Whether the factor of a sum costs nothing, as where ranks of a node sum it.
+
+        By messages it is a pass over the tensor, which the caller had better make itself: the thread sends meanwhile.
+        """
+        return self._why_no_ways is None
+
     # ---------------------------------------------------------------- collectives on tensors
 
     def all_reduce(self, tensor: Tensor, *, scale: float = 1.0, async_op: bool = False) -> Work:

@@ -309,7 +309,7 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         assert self._scale is not None
-        scaled = not getattr(self._comm_hook, "scales", False)
+        scaled = not getattr(self._comm_hook, "scales", False) or not self.communicator.scales_for_free
         if not bucket.pack(self._gradients(bucket), self._scale, scaled=scaled):
             self._misfit = True
         self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
