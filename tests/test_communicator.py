@@ -5,6 +5,7 @@ import torch
 
 import dpoptim.communicator
 import dpoptim.messages
+import dpoptim.peer_memory
 from dpoptim.communicator import Communicator
 from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
@@ -40,24 +41,41 @@ class TinyStagingArea(StagingArea):
 
 
 # Which node a rank seems to be on, or None for messages alone. With three ranks the nodes of both kinds are uneven.
-WAYS = {
+NODES = {
     "messages": None,
-    "memory": lambda rank: 0,
+    "one node": lambda rank: 0,
     "blocks": lambda rank: rank // 2,
     "round robin": lambda rank: rank % 2,
 }
+# By which way, with a thread or not, and whether ranks of a node may read each other's memory.
+WAYS = [
+    ("messages", False, True),
+    ("messages", True, True),
+    ("one node", True, False),
+    ("one node", False, True),
+    ("blocks", False, True),
+    ("round robin", False, False),
+]
 
 
-@pytest.fixture(params=[("messages", False), ("messages", True), *((way, way == "memory") for way in list(WAYS)[1:])])
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}{', thread' * way[1]}{', no reading' * (not way[2])}")
 def communicator(request, any_comm, monkeypatch):
-    way, overlap = request.param
-    if WAYS[way] is not None:
+    nodes, overlap, reading = request.param
+    if not reading:
+        monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _refuse)
+    if NODES[nodes] is not None:
         monkeypatch.setattr(dpoptim.communicator, "_SHARED_MEMORY_BYTES", 0)
         monkeypatch.setattr(dpoptim.communicator, "StagingArea", TinyStagingArea)
-        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(WAYS[way](self.rank), self.rank))
+        monkeypatch.setattr(dpoptim.peer_memory, "_PIECE_BYTES", 192)
+        monkeypatch.setattr(dpoptim.peer_memory, "_READ_BYTES", 100)
+        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))
     made = Communicator(any_comm, overlap=overlap)
     yield made
     made.free()
+
+
+def _refuse(*_):
+    raise PermissionError("not allowed")
 
 
 def _values(rank, numel, dtype):

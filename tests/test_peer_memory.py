@@ -1,0 +1,125 @@
+"""PeerMemory: sums and gathered parts, in batches, by reading other ranks' memory; and what happens where one can't."""
+
+import logging
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dpoptim.peer_memory
+from dpoptim.communicator import Communicator
+from dpoptim.partition import even_counts
+from dpoptim.peer_memory import PeerMemory
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture
+def node(world):
+    if world.size == 1:
+        pytest.skip("one rank reads nobody's memory")
+    communicator = Communicator(world)
+    yield communicator
+    communicator.free()
+
+
+def _own(rank, number, numel=1000):
+    return torch.arange(numel, dtype=torch.float64) % 17 + 100 * rank + number
+
+
+def _total(size, number):
+    return sum(_own(rank, number) * (rank + 1) for rank in range(size))
+
+
+def test_nothing_is_done_before_a_wait_and_everything_then(node):
+    rank, size = node.rank, node.world_size
+    peers = PeerMemory(node, node.barrier)
+    counts = even_counts(1000, size)
+    reduced, scattered, gathered = _own(rank, 0), _own(rank, 1), torch.zeros(1000, dtype=torch.float64)
+    part = torch.zeros(counts[rank], dtype=torch.float64)
+    parts = gathered.split(counts)
+    parts[rank].copy_(_own(0, 2).split(counts)[rank])
+    peers.all_reduce(reduced, rank + 1.0)
+    peers.reduce_scatter(part, scattered.split(counts), rank + 1.0)
+    peers.all_gather(parts)
+    early = bool(part.any()) or not torch.equal(reduced, _own(rank, 0))
+    peers.wait()
+    peers.wait()  # nothing is left
+    assert not early
+    assert torch.equal(reduced, _total(size, 0))
+    assert torch.equal(part, _total(size, 1).split(counts)[rank])
+    assert torch.equal(scattered, _own(rank, 1))
+    assert torch.equal(gathered, _own(0, 2))
+
+
+def test_a_factor_that_all_have_is_that_of_the_sum(node):
+    peers = PeerMemory(node, node.barrier)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensor = torch.full((1001,), 3.0, dtype=dtype)
+        peers.all_reduce(tensor, 0.25)
+        peers.wait()
+        assert torch.equal(tensor, torch.full((1001,), 0.75 * node.world_size, dtype=dtype))
+
+
+def test_more_than_a_batch_holds(node, monkeypatch):
+    monkeypatch.setattr(dpoptim.peer_memory, "_MAX_NOTED", 3)
+    peers = PeerMemory(node, node.barrier)
+    tensors = [_own(node.rank, number) for number in range(7)]
+    for tensor in tensors:
+        peers.all_reduce(tensor, node.rank + 1.0)
+    peers.all_reduce(torch.empty(0))
+    peers.wait()
+    assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
+
+
+@pytest.mark.parametrize("phase", ["_sum", "_gather"])
+def test_a_rank_that_cannot_read_is_an_error_on_all(node, monkeypatch, phase):
+    peers = PeerMemory(node, node.barrier)
+    tensor = torch.ones(1000)
+    if node.rank == node.world_size - 1:
+        monkeypatch.setattr(peers, phase, _fail)
+    peers.all_reduce(tensor)
+    with pytest.raises(RuntimeError, match=f"rank {node.world_size - 1} of the node could not read") as caught:
+        peers.wait()
+    monkeypatch.undo()
+    again = torch.ones(1000)
+    peers.all_reduce(again)
+    peers.wait()
+    assert torch.equal(again, torch.full((1000,), float(node.world_size)))
+    assert ("gone" in str(caught.value)) == (node.rank == node.world_size - 1)
+
+
+def _fail(*_):
+    raise ProcessLookupError("gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("platform", SimpleNamespace(system=lambda: "Plan 9"), "this is not Linux"),
+        ("torch", 2, "several threads"),
+        ("os", SimpleNamespace(getpid=lambda: 1, strerror=os.strerror), "in a namespace of processes|of process 1: "),
+        ("_read_memory", _fail, "gone"),
+    ],
+)
+def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch, caplog, name, value, reason):
+    if world.size == 1:
+        pytest.skip("one rank reads nobody's memory")
+    if world.rank == 0 and name == "torch":
+        torch.set_num_threads(value)
+    elif world.rank == 0:
+        monkeypatch.setattr(dpoptim.peer_memory, name, value)
+    communicator = Communicator(world)
+    tensor = _own(world.rank, 0, 200_000)
+    with caplog.at_level(logging.INFO):
+        communicator.all_reduce(tensor)
+    memory = communicator.node_memory()
+    communicator.free()
+    torch.set_num_threads(1)
+    messages = [record.getMessage() for record in caplog.records if "staging area" in record.getMessage()]
+    assert memory == "yes"
+    assert torch.equal(tensor, sum(_own(rank, 0, 200_000) for rank in range(world.size)))
+    assert len(messages) == 1
+    assert re.search(reason, messages[0])
