@@ -1,17 +1,15 @@
 """Every configuration in torch's own tests, of every optimizer and implementation: N ranks against one process."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
 import torch
 from oracle import assert_replicas, assert_same_parameters, joined_batch, local_part, model_for, part_sizes, seeded
+from support import OPTIMIZERS
 
 import dpoptim
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's test helpers use what torch deprecates
-    from torch.testing._internal.common_optimizers import optim_db
 
 pytestmark = [
     pytest.mark.parallel,
@@ -22,49 +20,76 @@ pytestmark = [
 NUM_STEPS = 10
 
 
+def _options(name, implementation):
+    """Yield torch's name of each configuration that this implementation takes, and its options."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's test helpers use what torch deprecates
+        # Takes seconds, which runs that leave these tests out need not spend.
+        from torch.testing._internal.common_optimizers import optim_db
+    (info,) = (info for info in optim_db if info.optim_cls.__name__ == name)
+    for given in info.optim_inputs_func(device="cpu"):
+        options = {key: value for key, value in given.kwargs.items() if key not in ("foreach", "fused")}
+        tensor_rate = isinstance(options.get("lr"), torch.Tensor)
+        if implementation == "foreach":
+            if tensor_rate and not options.get("capturable"):
+                continue  # torch refuses it
+            options["foreach"] = True
+        elif implementation == "fused":
+            options["fused"] = True
+        elif "foreach" in info.supported_impls:
+            options["foreach"] = False
+        yield given.desc, options
+
+
+# For the table of what is supported: which optimizers torch's configurations show with each option.
+SHOWN = {
+    "maximize": set(OPTIMIZERS) - {"LBFGS", "Muon"},
+    "amsgrad": {"Adam", "AdamW"},
+    "nesterov": {"SGD"},
+    "centered": {"RMSprop"},
+    "decoupled_weight_decay": {"NAdam", "RAdam"},
+    "lr as a Tensor": {"Adagrad", "LBFGS", "Muon", "SGD", "SparseAdam"},
+}
+
+
+def _shown_by(options):
+    """Return which options of the table a configuration has."""
+    rows = {option for option in SHOWN if options.get(option)}
+    return rows | {"lr as a Tensor"} if isinstance(options.get("lr"), torch.Tensor) else rows
+
+
 def _cases():
-    for info in optim_db:
-        name = info.optim_cls.__name__
-        for given in info.optim_inputs_func(device="cpu"):
-            for implementation in (
-                "for-loop",
-                *(kind for kind in ("foreach", "fused") if kind in info.supported_impls),
-            ):
-                options = {key: value for key, value in given.kwargs.items() if key not in ("foreach", "fused")}
-                tensor_rate = isinstance(options.get("lr"), torch.Tensor)
-                if implementation == "foreach":
-                    if tensor_rate and not options.get("capturable"):
-                        continue  # torch refuses it
-                    options["foreach"] = True
-                elif implementation == "fused":
-                    options["fused"] = True
-                elif "foreach" in info.supported_impls:
-                    options["foreach"] = False
-                marks = [pytest.mark.supports(row, replicated="{name}") for row in _rows(options)]
-                case = f"{name}-{given.desc}-{implementation}".replace(" ", "_")
-                yield pytest.param(name, implementation, options, id=case, marks=marks)
+    for name in OPTIMIZERS:
+        if not hasattr(torch.optim, name):
+            continue  # an older torch
+        known = inspect.signature(getattr(torch.optim, name)).parameters
+        for implementation in ("for-loop", "foreach", "fused"):
+            if implementation == "for-loop" or implementation in known:
+                shown = [pytest.mark.supports(name, replicated="yes", implementations=implementation)]
+                if implementation == "for-loop":
+                    shown += [
+                        pytest.mark.supports(row, replicated=name) for row, names in SHOWN.items() if name in names
+                    ]
+                yield pytest.param(name, implementation, id=f"{name}-{implementation}", marks=shown)
 
 
-def _rows(options):
-    """Return which rows of the table of what is supported a configuration belongs to."""
-    for option in (
-        "maximize",
-        "differentiable",
-        "capturable",
-        "amsgrad",
-        "nesterov",
-        "centered",
-        "decoupled_weight_decay",
-    ):
-        if options.get(option):
-            yield option
-    if isinstance(options.get("lr"), torch.Tensor):
-        yield "lr as a Tensor"
+@pytest.mark.parametrize(("name", "implementation"), list(_cases()))
+def test_configurations(world, name, implementation):
+    cases = list(_options(name, implementation))
+    assert cases
+    if implementation == "for-loop":
+        shown = set().union(*(_shown_by(options) for _, options in cases))
+        assert shown == {row for row, names in SHOWN.items() if name in names}
+    for case, options in cases:
+        try:
+            _train(world, name, options)
+        except Exception as error:
+            error.add_note(f"with torch's configuration {case!r}: {options}")
+            raise
 
 
-@pytest.mark.parametrize(("name", "implementation", "options"), list(_cases()))
-@pytest.mark.supports("{name}", replicated="yes", implementations="{implementation}")
-def test_configurations(world, name, implementation, options):
+def _train(world, name, options):
+    """Compare N ranks with one process, step by step."""
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(model_for(name)), seeded(model_for(name))
     inner = getattr(dpoptim, name)(model.parameters(), **copy.deepcopy(options))
