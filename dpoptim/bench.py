@@ -181,9 +181,11 @@ def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[
     available = communicator.all_gather_object(available_cores())
     cores = [len(set[int]().union(*(available[rank] for rank in node))) for node in topology.nodes]
     memory = communicator.node_memory()
-    exchange = "large tensors through shared memory, small ones by messages"
+    reading = communicator.peer_memory()
+    large = "read from each other's memory" if reading == "yes" else f"through a staging area: {_reason(reading)}"
+    exchange = f"large tensors {large}; small ones by messages"
     if memory != "yes":
-        exchange = f"by messages, not through shared memory: {memory.removeprefix('no (').removesuffix(')')}"
+        exchange = f"by messages, not through shared memory: {_reason(memory)}"
     elif topology.num_nodes > 1:
         exchange += "; with other nodes by messages, all ranks of a node at once"
     shares = any(num_cores < len(node) for num_cores, node in zip(cores, topology.nodes, strict=True))
@@ -196,6 +198,10 @@ def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[
         "step of AdamW": f"{step}, where torch's default is the loop over parameters",
         "fastest mode": min(modes, key=lambda name: modes[name]),
     }
+
+
+def _reason(text: str) -> str:
+    return text.removeprefix("no (").removesuffix(")")
 
 
 def _row(name: str, cells: list[str]) -> str:

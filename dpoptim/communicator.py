@@ -2,7 +2,8 @@
 
 Note [Ways]
 -----------
-Ranks of one node sum large tensors through shared memory (:mod:`dpoptim.shared_memory`), all else goes by messages
+Ranks of one node read large tensors from each other's memory (:mod:`dpoptim.peer_memory`), or where they may not pass
+them through memory that they share (:mod:`dpoptim.staging_area`); all else goes by messages
 (:mod:`dpoptim.messages`). With several nodes the ranks of a node first divide the sum among them; each then
 all-reduces its part with its counterparts on the other nodes, so that all ranks drive the network together; last they
 share the results. Nodes of different sizes use as many ranks a node as the smallest has. The way depends on nothing
@@ -26,7 +27,8 @@ from dpoptim.errors import abort_on_uncaught_exception
 from dpoptim.messages import Messages, Pending
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
-from dpoptim.shared_memory import SharedMemory, StagingArea
+from dpoptim.shared_memory import SharedMemory, meeting, sums
+from dpoptim.staging_area import ASLEEP_BYTES, AWAKE_BYTES, StagingArea
 
 __all__ = ["Communicator", "Pending", "Topology", "Work", "available_cores"]
 
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Below so many bytes a message is faster than two meetings at shared memory (measured; see docs/performance.md).
 _SHARED_MEMORY_BYTES = 1 << 18
-# Where ranks share cores they wait asleep for messages up to this size. Large ones are never waited for long, since a
-# small one (the roll call) goes before them.
+# Where ranks share cores they wait asleep for messages up to this size. Large ones in a node are never waited for long,
+# since a small one (the roll call) goes before them.
 _PATIENCE_BYTES = 1024
 
 
@@ -141,11 +143,12 @@ class Communicator:
         cores = set[int]().union(*self._node.all_gather_object(available_cores()))
         self._shares_cores = len(cores) < self.topology.local_size
         # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
-        is_patient = any(own_messages.all_gather_object(self._shares_cores))
-        own_messages.patience_bytes = _PATIENCE_BYTES if is_patient else 0
+        self._is_patient = any(own_messages.all_gather_object(self._shares_cores))
+        own_messages.patience_bytes = _PATIENCE_BYTES if self._is_patient else 0
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
+        self._why_no_peers: str | None = None
         self._may_wait = False  # whether the collective that is being started may be done with others
         if self.world_size == self.topology.num_nodes:
             self._why_no_ways = "every rank is alone on its node"
@@ -317,6 +320,12 @@ class Communicator:
         self._find_ways()
         return "yes" if self._why_no_ways is None else f"no ({self._why_no_ways})"
 
+    def peer_memory(self) -> str:
+        """Say whether ranks of this node read each other's memory, and if not, why; collective at first."""
+        self._find_ways()
+        why_not = self._why_no_ways or self._why_no_peers
+        return "yes" if why_not is None else f"no ({why_not})"
+
     # ---------------------------------------------------------------- small Python objects
 
     def all_gather_object(self, item: Any) -> list[Any]:
@@ -394,8 +403,10 @@ class Communicator:
         staging, peers, error = None, None, None
         if self.topology.local_size > 1:
             try:
-                staging = StagingArea(self._node, sleeping=self._shares_cores)
-                peers = self._find_peers(staging)
+                meet = meeting(self._node, sleeping=self._shares_cores)
+                peers = self._find_peers(meet)
+                large = ASLEEP_BYTES if self._shares_cores else AWAKE_BYTES
+                staging = StagingArea(self._node, meet, large if peers is None else _SHARED_MEMORY_BYTES)
             except OSError as caught:
                 error = str(caught)
         self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)
@@ -407,15 +418,18 @@ class Communicator:
         if self.topology.num_nodes > 1:
             is_owner = self.topology.local_rank < num_owners
             counterparts = self._messages.split(self.topology.local_rank if is_owner else None, self.topology.node)
+            if counterparts is not None and self._is_patient:  # the network keeps all ranks of a node waiting
+                counterparts.patience_bytes = sys.maxsize
         self._ways = _NodeWays(staging, peers, counterparts, num_owners)
         return self._ways
 
-    def _find_peers(self, staging: StagingArea) -> PeerMemory | None:
+    def _find_peers(self, meet: Callable[[], None]) -> PeerMemory | None:
         """Try whether the ranks of this node may read each other's memory; collective in the node."""
         try:
-            return PeerMemory(self._node, staging.meet)
+            return PeerMemory(self._node, meet)
         except OSError as error:
             logger.info("large tensors pass through a staging area: %s (rank %d)", error, self.rank)
+            self._why_no_peers = str(error)
             return None
 
     def _ways_for(self, tensor: Tensor) -> "_NodeWays | None":
@@ -433,7 +447,7 @@ class Communicator:
             self._shares_cores
             and self.topology.num_nodes == 1
             and tensor.device.type == "cpu"
-            and StagingArea.sums(tensor.dtype)
+            and sums(tensor.dtype)
             and self._find_ways() is not None
             and self._ways is not None
             and tensor.nbytes <= self._ways.staging_area.small_bytes
@@ -459,7 +473,7 @@ class Communicator:
             _scale(tensor, scale)
             return _DONE
         with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
-            ways = self._ways_for(host) if StagingArea.sums(host.dtype) else None
+            ways = self._ways_for(host) if sums(host.dtype) else None
             if ways is None and self._meets_asleep(host):
                 assert self._ways is not None
                 self._ways.staging_area.all_reduce_small(host, scale)
@@ -503,7 +517,7 @@ class Communicator:
 
     def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
         with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
-            ways = self._ways_for(host_source) if StagingArea.sums(host_source.dtype) else None
+            ways = self._ways_for(host_source) if sums(host_source.dtype) else None
             if ways is None or not self.topology.is_even:
                 scaled = host_source if scale == 1.0 else host_source * scale
                 self._messages.reduce_scatter(host_output, scaled, counts)

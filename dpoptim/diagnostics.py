@@ -35,6 +35,7 @@ def info() -> int:
         "MPI thread level": communicator.library()["thread level"],
         "MPI reads GPU memory": communicator.library()["GPU-aware"],
         "shared memory": communicator.node_memory(),
+        "reads others' memory": communicator.peer_memory(),
         "ranks": str(communicator.world_size),
         "nodes": f"{len(nodes)}, {_either(sizes)} ranks a node",
         "torch": f"{torch.__version__}, Python {platform.python_version()}",

@@ -6,7 +6,7 @@ Linux copies from the memory of another process of the same user (process_vm_rea
 do for large messages). Where the ranks of a node may do that, nothing passes through memory that they share but
 addresses: each rank reads its part of the others' tensors, in pieces that fit a cache, and sums as it reads; of a
 result each reads the others' parts to where they belong. That is one copy less than through a staging area
-(:mod:`dpoptim.shared_memory`), and ranks meet a few times a batch of tensors rather than at every chunk: with
+(:mod:`dpoptim.staging_area`), and ranks meet a few times a batch of tensors rather than at every chunk: with
 more ranks than cores each meeting costs a turn of all of them.
 
 A rank may be forbidden to read (Yama, seccomp, another user or process namespace), so that it is tried: each reads
@@ -98,7 +98,7 @@ class PeerMemory:
         errors = _errors_of_reading(node, secret)
         reason = next((error for error in errors if error is not None), None)
         if reason is not None:
-            raise OSError(f"ranks of a node can't read each other's memory ({reason})")
+            raise OSError(reason)
         self._pids = node.all_gather_object(os.getpid())
         num_bytes = ctypes.sizeof(_Row)
         self._memory = SharedMemory(node, num_bytes * self._size).tensor(torch.uint8, [num_bytes * self._size])
@@ -246,7 +246,7 @@ def _errors_of_reading(node: Node, secret: Tensor) -> list[str | None]:
         except OSError as caught:
             error = str(caught)
     # Also keeps every secret in its place until all have read it.
-    return node.all_gather_object(error)
+    return node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
 
 
 def _read_memory(pid: int, address: int, target: Tensor) -> None:

@@ -9,7 +9,7 @@ import dpoptim.peer_memory
 from dpoptim.communicator import Communicator
 from dpoptim.messages import Messages
 from dpoptim.partition import even_counts, start_offsets
-from dpoptim.shared_memory import StagingArea
+from dpoptim.staging_area import StagingArea
 
 pytestmark = pytest.mark.parallel
 
@@ -36,8 +36,8 @@ NUMELS = [0, 1, 7, 1000]
 class TinyStagingArea(StagingArea):
     """One that needs many chunks for a few numbers."""
 
-    def __init__(self, node, *, sleeping):
-        super().__init__(node, sleeping=sleeping, chunk_bytes=192)
+    def __init__(self, node, meet, chunk_bytes):
+        super().__init__(node, meet, 192)
 
 
 # Which node a rank seems to be on, or None for messages alone. With three ranks the nodes of both kinds are uneven.

@@ -115,7 +115,7 @@ def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch
     tensor = _own(world.rank, 0, 200_000)
     with caplog.at_level(logging.INFO):
         communicator.all_reduce(tensor)
-    memory = communicator.node_memory()
+    memory, reading = communicator.node_memory(), communicator.peer_memory()
     communicator.free()
     torch.set_num_threads(1)
     messages = [record.getMessage() for record in caplog.records if "staging area" in record.getMessage()]
@@ -123,3 +123,4 @@ def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch
     assert torch.equal(tensor, sum(_own(rank, 0, 200_000) for rank in range(world.size)))
     assert len(messages) == 1
     assert re.search(reason, messages[0])
+    assert reading.startswith("no (rank 0 of the node: ")
