@@ -102,8 +102,8 @@ class DividedReducer(Reducer):
 
     def _begin(self) -> None:
         super()._begin()
-        for index in range(len(self._parameters)):  # those that this backward has not come to
-            self.before_adding(index)
+        for index in set(range(len(self._parameters))).difference(self._arrived):
+            self.before_adding(index)  # this backward has not come to it
 
     @torch.no_grad()
     def _add_what_was_put_aside(self) -> None:
