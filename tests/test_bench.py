@@ -31,7 +31,8 @@ def test_bench_measures_collectives_and_steps_and_gives_reasons(mpirun):
         assert ratio > 0
     for choice in ["exchange in a node", "overlap", "waiting", "step of AdamW", "fastest mode"]:
         assert re.search(rf"^{choice} +\w", output, re.MULTILINE), choice
-    assert re.search("^exchange in a node +large tensors (read from|through a staging area: rank)", output, re.MULTILINE)
+    exchange = "^exchange in a node +large tensors (read from|through a staging area: rank)"
+    assert re.search(exchange, output, re.MULTILINE)
 
 
 def test_bench_of_one_rank_says_so(capsys):
