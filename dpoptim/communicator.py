@@ -497,9 +497,9 @@ class Communicator:
         """Sum over the node, then over the counterparts on other nodes."""
         if ways.staging is not None:
             ways.memory.reduce_scatter(output, parts, scale)
-            if ways.counterparts is None:
+            if self.topology.num_nodes == 1:
                 return ways.memory
-            ways.memory.wait()
+            ways.memory.wait()  # also of ranks without counterparts: a batch is the same on all ranks of a node
         else:
             output.copy_(parts[0])
             _scale(output, scale)
