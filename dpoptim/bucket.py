@@ -133,8 +133,13 @@ class Bucket:
         """Copy ``flat``, or this rank's part of it, back into those gradients that are there and fit."""
         if self.flat is not self._buffer:
             return
-        targets, sources = [], []
         fitting = self._those_that_fit(gradients)
+        if self.division is None:  # all of each gradient; short, since there may be hundreds
+            present = [(g, v) for g, v in zip(fitting, self._views, strict=True) if g is not None]
+            if present:
+                torch._foreach_copy_([g for g, _ in present], [v for _, v in present])
+            return
+        targets, sources = [], []
         for piece in self.own_pieces:
             target, source = fitting[piece.position], self._views[piece.position]
             if target is None:

@@ -286,7 +286,8 @@ class Reducer:
         self._had_gradient = had_gradient
         for bucket in self._buckets:
             bucket.unpack(self._gradients(bucket))
-        self._give_gradients()
+        if not all(had_gradient):
+            self._give_gradients()
         self._settle(reports, flags)
 
     def _flags(self, had_gradient: bytes) -> list[float]:
