@@ -45,7 +45,10 @@ class Work(Protocol):
     """A collective under way."""
 
     def wait(self) -> None:
-        """Block until the result is there; errors of the collective are raised here."""
+        """Block until the result is there; errors of the collective are raised here.
+
+        Collective: all ranks wait for their works in the order in which they started them.
+        """
 
 
 class _Done:
@@ -107,7 +110,8 @@ class Communicator:
         ``Communicator`` objects, or of one and its user, never meet.
     overlap : bool
         Whether collectives started with ``async_op=True`` run on a thread of this object's own while the caller
-        goes on. Needs ``MPI_THREAD_MULTIPLE``. Otherwise they are finished when the call returns.
+        goes on. Needs ``MPI_THREAD_MULTIPLE``. Otherwise they are finished when the call returns, or in a node when
+        the first of several is waited for (Note [Batches] in peer_memory.py).
 
     Attributes
     ----------
@@ -149,7 +153,7 @@ class Communicator:
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
         self._why_no_peers: str | None = None
-        self._may_wait = False  # whether the collective that is being started may be done with others
+        self._may_wait = False  # whether the collective that is being started may be done together with others
         if self.world_size == self.topology.num_nodes:
             self._why_no_ways = "every rank is alone on its node"
         if self.world_size > 1:
@@ -190,7 +194,7 @@ class Communicator:
         scale : float
             This rank's factor, such as its weight in a mean. Costs nothing in shared memory, one pass elsewhere.
         async_op : bool
-            Return at once where the communicator overlaps.
+            Let the communicator do it beside the computation, or together with others.
 
         Raises
         ------
@@ -454,7 +458,7 @@ class Communicator:
         )
 
     def _run(self, collective: Callable[..., Work], *args: Any, async_op: bool) -> Work:
-        """Run a collective: here, on the thread, or with others as far as it can wait (Note [Batches])."""
+        """Run a collective: here, on the thread, or with others as far as it can wait."""
         if self._thread is not None and async_op:
             on_stream = on_same_stream(collective, args[0].device)
             return _Submitted(self._thread.submit(lambda: on_stream(*args).wait()))
