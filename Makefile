@@ -17,6 +17,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 MAIN := .venv
 HEAT := .venv-heat
+# Of Heat's environment; the oldest that dpoptim supports: HEAT=.venv-heat-1.7 HEAT_VERSION=1.7.0 HEAT_TORCH=2.8.0
+HEAT_VERSION ?= 1.8.0
+HEAT_TORCH ?= 2.11.0
 PYTEST = -m pytest -q --color=no --durations=10
 KILLS ?= 50
 
@@ -104,7 +107,7 @@ $(MAIN)/.test: $(MAIN)/.train
 # Heat's environment: the newest Heat for Python 3.11 wants an older torch; MPICH is here, so that both are tested.
 $(HEAT)/.test: pyproject.toml
 	$(PYTHON) -m venv $(HEAT)
-	$(HEAT)/bin/python -m pip install --quiet torch==2.11.0 heat==1.8.0
+	$(HEAT)/bin/python -m pip install --quiet torch==$(HEAT_TORCH) heat==$(HEAT_VERSION)
 	$(HEAT)/bin/python -m pip install --quiet --editable '.[mpich,test]'
 	@touch $@
 
