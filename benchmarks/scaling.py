@@ -79,7 +79,7 @@ class Costs:
     Attributes
     ----------
     memory_s : float
-        Of a byte that a rank passes to its neighbours through shared memory.
+        Of a byte that a rank reads from its neighbours' memory.
     step_s : float
         Of AdamW's step for a byte of gradient.
     wire : float
@@ -87,7 +87,7 @@ class Costs:
     network_s : float
         Of a byte that a rank's core passes to the network or takes from it.
     node_call_s : float
-        Of a collective in a node, whatever its size.
+        Of a batch of collectives in a node, whatever its size: of all buckets, or with several nodes of one.
     message_s : float
         Of a message that waits for the one before it, between nodes.
     meeting_s : float
@@ -109,7 +109,7 @@ def amounts(mode: str, place: Place, work: Workload) -> list[float]:
     num_ranks = nodes * ranks
     in_node = 0.0
     if ranks > 1:
-        in_node = (2 - 1 / ranks) * size + (0 if mode == "node-shared" else size)
+        in_node = (1 - 1 / ranks) * size * (1 if mode == "node-shared" else 2)
     on_link = 2 * size * (nodes - 1) / nodes
     owners = {"replicated": 1, "sharded": num_ranks, "node-shared": ranks}[mode]
     # A reduce-scatter and an all-gather of large tensors take n - 1 messages each, an all-reduce 2 log2 n.
@@ -121,7 +121,7 @@ def amounts(mode: str, place: Place, work: Workload) -> list[float]:
         -size * (1 - 1 / owners) * place.crowding,
         on_link / place.link,
         on_link / ranks * place.crowding,
-        halves * work.calls * (ranks > 1) * place.crowding,
+        halves * (work.calls if nodes > 1 else 1) * (ranks > 1) * place.crowding,
         work.calls * in_a_row * place.crowding,
         meetings * math.log2(num_ranks) * place.crowding,
     ]
@@ -223,11 +223,11 @@ def _print_costs(costs: Costs) -> None:
         return f"{seconds * 1e6:.0f} us" if seconds else "nothing that could be told from the rest"
 
     rows = {
-        "memory: a byte through shared memory": bandwidth(costs.memory_s),
+        "memory: a byte of a neighbour's": bandwidth(costs.memory_s),
         "step: AdamW, a byte of gradient": bandwidth(costs.step_s),
         "wire: a byte on the link": f"{costs.wire:.2f} of what its bandwidth says",
         "network: a byte between core and network": bandwidth(costs.network_s),
-        "node call: a collective in a node": latency(costs.node_call_s),
+        "node call: a batch of collectives in a node": latency(costs.node_call_s),
         "message: between nodes, waiting for the last": latency(costs.message_s),
         "meeting: of all ranks, a doubling of them": latency(costs.meeting_s),
     }
