@@ -2,9 +2,9 @@
 
 A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts
 the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.communicator.Work` that ends it.
-The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` gets
-them unscaled and multiplies with ``bucket.scale`` itself. It may block or not; ``bucket.flat`` is its own until
-``Work.wait`` returns, and must then hold the same bits on every rank.
+The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
+get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. It may block or not;
+``bucket.flat`` is its own until ``Work.wait`` returns, and must then hold the same bits on every rank.
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
 only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func:`sum_over_ranks` does what is needed.

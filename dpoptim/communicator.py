@@ -409,8 +409,11 @@ class Communicator:
             try:
                 meet = meeting(self._node, sleeping=self._shares_cores)
                 peers = self._find_peers(meet)
-                large = ASLEEP_BYTES if self._shares_cores else AWAKE_BYTES
-                staging = StagingArea(self._node, meet, large if peers is None else _SHARED_MEMORY_BYTES)
+                chunk_bytes = _SHARED_MEMORY_BYTES  # for small sums alone
+                if peers is None:
+                    wanted = ASLEEP_BYTES if self._shares_cores else AWAKE_BYTES
+                    chunk_bytes = max(wanted, self.topology.local_size << 16)
+                staging = StagingArea(self._node, meet, chunk_bytes)
             except OSError as caught:
                 error = str(caught)
         self._why_no_ways = next((text for text in self.all_gather_object(error) if text is not None), None)

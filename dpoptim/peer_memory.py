@@ -10,8 +10,8 @@ result each reads the others' parts to where they belong. That is one copy less 
 more ranks than cores each meeting costs a turn of all of them.
 
 A rank may be forbidden to read (Yama, seccomp, another user or process namespace), so that it is tried: each reads
-a secret of each other. All agree on what came of it. Reading takes one thread. Ranks of several threads copy faster by
-a staging area, with all of them.
+a secret of each other. All agree on what came of it. Reading has one thread; ranks of several threads copy through a
+staging area, with all of them.
 
 Note [Batches]
 --------------
@@ -95,11 +95,14 @@ class PeerMemory:
     def __init__(self, node: Node, meet: Callable[[], None]) -> None:
         self._rank, self._size, self._meet = node.rank, node.world_size, meet
         secret = torch.frombuffer(bytearray(secrets.token_bytes(_SECRET_BYTES)), dtype=torch.uint8)
-        errors = _errors_of_reading(node, secret)
-        reason = next((error for error in errors if error is not None), None)
+        places = node.all_gather_object((os.getpid(), secret.data_ptr(), bytes(secret.tolist())))
+        error = _error_of_reading(places)
+        # Also keeps every secret in its place until all have read it.
+        errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
+        reason = next((text for text in errors if text is not None), None)
         if reason is not None:
             raise OSError(reason)
-        self._pids = node.all_gather_object(os.getpid())
+        self._pids = [pid for pid, _, _ in places]
         num_bytes = ctypes.sizeof(_Row)
         self._memory = SharedMemory(node, num_bytes * self._size).tensor(torch.uint8, [num_bytes * self._size])
         start = self._memory.data_ptr()
@@ -228,25 +231,21 @@ class PeerMemory:
         _read_memory(self._pids[rank], address, target)
 
 
-def _errors_of_reading(node: Node, secret: Tensor) -> list[str | None]:
-    """Try to read every other rank's secret, and return what came of it on each rank; collective."""
-    places = node.all_gather_object((os.getpid(), secret.data_ptr(), bytes(secret.tolist())))
-    error = None
+def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
+    """Try to read what every rank has there, and return why not."""
     if platform.system() != "Linux":
-        error = "this is not Linux"
-    elif torch.get_num_threads() > 1:
-        error = "ranks have several threads, which copy faster by shared memory"
-    else:
-        found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8)
-        try:
-            for pid, address, expected in places:
-                _read_memory(pid, address, found)
-                if bytes(found.tolist()) != expected:
-                    error = "process numbers mean others, in a namespace of processes"
-        except OSError as caught:
-            error = str(caught)
-    # Also keeps every secret in its place until all have read it.
-    return node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
+        return "this is not Linux"
+    if torch.get_num_threads() > 1:
+        return "it has several threads, and reading has one"
+    found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8)
+    try:
+        for pid, address, expected in places:
+            _read_memory(pid, address, found)
+            if bytes(found.tolist()) != expected:
+                return "process numbers mean others, in a namespace of processes"
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _read_memory(pid: int, address: int, target: Tensor) -> None:

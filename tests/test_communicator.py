@@ -63,6 +63,8 @@ def communicator(request, any_comm, monkeypatch):
     nodes, overlap, reading = request.param
     if not reading:
         monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _refuse)
+    if nodes == "blocks":  # whose ranks share a core, and so wait asleep
+        monkeypatch.setattr(dpoptim.communicator, "available_cores", lambda: {0})
     if NODES[nodes] is not None:
         monkeypatch.setattr(dpoptim.communicator, "_SHARED_MEMORY_BYTES", 0)
         monkeypatch.setattr(dpoptim.communicator, "StagingArea", TinyStagingArea)
@@ -263,6 +265,33 @@ def test_the_part_in_a_node_is_the_sum_over_all_nodes(communicator):
         else:
             with pytest.raises(RuntimeError, match="needs shared memory on every node"):
                 communicator.reduce_scatter_in_node(part, source, counts=counts)
+
+
+def test_several_may_be_started_before_the_first_is_waited_for(communicator):
+    rank, size, topology = communicator.rank, communicator.world_size, communicator.topology
+    counts, numel = even_counts(23, size), 23
+    start = start_offsets(counts)[rank]
+    own = slice(start, start + counts[rank])
+    in_node = even_counts(numel, min(len(node) for node in topology.nodes))
+    in_node += [0] * (topology.local_size - len(in_node))
+    in_node_start = start_offsets(in_node)[topology.local_rank]
+    total = _sum(communicator, numel, torch.float64)
+    has_node_memory = communicator.node_memory() == "yes"
+    started, results = [], []
+    for _ in range(2):
+        reduced, part = _values(rank, numel, torch.float64), torch.empty(counts[rank], dtype=torch.float64)
+        whole, of_node = torch.zeros(numel, dtype=torch.float64), torch.empty(in_node[topology.local_rank]).double()
+        source = _values(rank, numel, torch.float64)
+        started.append(communicator.all_reduce(reduced, async_op=True))
+        started.append(communicator.reduce_scatter(part, source, counts=counts, async_op=True))
+        started.append(communicator.all_gather(whole, total[own].clone(), counts=counts, async_op=True))
+        if has_node_memory:
+            started.append(communicator.reduce_scatter_in_node(of_node, source, counts=in_node, async_op=True))
+            results.append((of_node, total[in_node_start : in_node_start + len(of_node)]))
+        results += [(reduced, total), (part, total[own]), (whole, total)]
+    for work in started:
+        work.wait()
+    assert all(torch.equal(found, expected) for found, expected in results)
 
 
 def test_memory_shared_in_a_node(communicator):

@@ -1,5 +1,7 @@
 """``python -m dpoptim info`` and ``check``."""
 
+import re
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ def test_info_says_what_is_here(mpirun):
     assert lines["AdamW"] == "fused, those below 512 elements together"
     assert lines["RMSprop"] == "flat, those below 4096 elements together, large ones in parts"
     assert lines["LBFGS"] == "for-loop"
+    assert re.match(r"yes$|no \(rank \d of the node: ", lines["reads others' memory"])
 
 
 def test_check_finds_all_equal(mpirun):

@@ -102,7 +102,7 @@ def _fail(*_):
     ("name", "value", "reason"),
     [
         ("platform", SimpleNamespace(system=lambda: "Plan 9"), "this is not Linux"),
-        ("torch", 2, "several threads"),
+        ("torch", 2, "it has several threads"),
         ("os", SimpleNamespace(getpid=lambda: 1, strerror=os.strerror), "in a namespace of processes|of process 1: "),
         ("_read_memory", _fail, "gone"),
     ],
