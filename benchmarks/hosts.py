@@ -157,7 +157,7 @@ class Hosts:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            errors="replace",  # a character may be cut where ranks write at once
             env=environment,
             cwd=cwd,
             start_new_session=True,

@@ -2,9 +2,11 @@
 
 Note [A mapped file]
 --------------------
-The memory is a file in ``/dev/shm`` that one rank makes (mode 0600, a random name), all ranks map, and that is
-unlinked at once. It is any MPI's, needs no one-sided component (MPI's own shared windows hang in ``MPI_Finalize`` after
-a rank was killed), is closed to other users, and is gone when the last rank ends, however it ends. Every rank
+The memory is a file in ``/dev/shm`` that one rank makes, mode 0600, and all ranks map. It is any MPI's, needs no
+one-sided component (MPI's own shared windows hang in ``MPI_Finalize`` after a rank was killed), is closed to other
+users, and is gone when the last rank ends, however it ends: it never has a name, and the others open it as that rank's
+descriptor in ``/proc``. Where they can't (ranks in process namespaces of their own), it has a random name until all
+have opened it; only a rank that is killed in these milliseconds leaves it behind. Every rank
 allocates its share of the pages: a full ``/dev/shm`` is an error then and not a SIGBUS later, and on a machine with
 several memory banks the pages lie near their rank.
 
@@ -67,32 +69,21 @@ class SharedMemory:
     """
 
     def __init__(self, node: Node, num_bytes: int) -> None:
-        path, descriptor, error = None, -1, None
-        if node.rank == 0:
-            try:
-                descriptor, path = tempfile.mkstemp(prefix="dpoptim-", dir=_DIRECTORY)
-                os.ftruncate(descriptor, num_bytes)
-            except OSError as caught:
-                error = caught
-        path = node.broadcast_object(path, root=0)
         try:
-            if path is not None and error is None:
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if descriptor < 0 else descriptor
-                counts = even_counts(num_bytes, node.world_size)
-                if counts[node.rank]:
-                    os.posix_fallocate(descriptor, start_offsets(counts)[node.rank], counts[node.rank])
-                self._map = mmap.mmap(descriptor, num_bytes)
+            descriptor = _opened(node, num_bytes, named=False)
+        except OSError:
+            descriptor = _opened(node, num_bytes, named=True)
+        error = None
+        try:
+            counts = even_counts(num_bytes, node.world_size)
+            if counts[node.rank]:
+                os.posix_fallocate(descriptor, start_offsets(counts)[node.rank], counts[node.rank])
+            self._map = mmap.mmap(descriptor, num_bytes)
         except OSError as caught:
             error = caught
         finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
-        if node.rank == 0 and path is not None:
-            Path(path).unlink()
-        reason = next((text for text in errors if text is not None), None)
-        if reason is not None:
-            raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share in {_DIRECTORY} ({reason})")
+            os.close(descriptor)
+        _raise_on_all(node, error, num_bytes)
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> Tensor:
         """Return a tensor in this memory, with a storage of its own that begins at ``offset_bytes``."""
@@ -100,6 +91,53 @@ class SharedMemory:
         if numel == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes).view(shape)
+
+
+def _opened(node: Node, num_bytes: int, *, named: bool) -> int:
+    """Return a descriptor of one file on all ranks (Note [A mapped file]); collective, raises OSError on all."""
+    descriptor, place, error = -1, None, None
+    try:
+        if node.rank == 0:
+            if named:
+                descriptor, path = tempfile.mkstemp(prefix="dpoptim-", dir=_DIRECTORY)
+            else:
+                descriptor = os.open(_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            place = path, _identity(descriptor)
+            os.ftruncate(descriptor, num_bytes)
+    except OSError as caught:
+        error = caught
+    place = node.broadcast_object(place, root=0)
+    try:
+        if node.rank > 0 and place is not None:
+            descriptor = os.open(place[0], os.O_RDWR | os.O_CLOEXEC)
+            if _identity(descriptor) != place[1]:
+                error = OSError(f"{place[0]} is another file here, in a namespace of processes")
+    except OSError as caught:
+        error = caught
+    try:
+        _raise_on_all(node, error, num_bytes)
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+    finally:
+        if node.rank == 0 and named and place is not None:
+            Path(place[0]).unlink()
+    return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def _raise_on_all(node: Node, error: OSError | None, num_bytes: int) -> None:
+    """Raise on all ranks what is an error on one; collective."""
+    errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
+    reason = next((text for text in errors if text is not None), None)
+    if reason is not None:
+        raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share in {_DIRECTORY} ({reason})")
 
 
 def meeting(node: Node, *, sleeping: bool) -> Callable[[], None]:

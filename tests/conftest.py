@@ -137,7 +137,12 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         }
         command = [launcher, "-n", str(num_ranks), sys.executable, *args]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            errors="replace",  # a character may be cut where ranks write at once
+            env=environment,
+            cwd=cwd,
         ) as job:
             try:
                 output, errors = job.communicate(timeout=timeout_s)

@@ -83,7 +83,7 @@ def test_nothing_is_left_behind_after_a_kill(mpirun):
 
 
 class Alone:
-    """A node of one rank, which looks at the file while it has a name."""
+    """A node of one rank, which looks at the file when the others would open it."""
 
     rank, world_size = 0, 1
     path = None
@@ -95,17 +95,52 @@ class Alone:
         return [item]
 
     def broadcast_object(self, item, root):
-        self.path = item
         if item is not None:
-            self.mode = stat.S_IMODE(Path(item).stat().st_mode)
+            self.path, _ = item
+            self.mode = stat.S_IMODE(Path(self.path).stat().st_mode)
+            self.names = _files()
         return item
 
 
-def test_other_users_may_not_read_it():
-    node = Alone()
+def test_it_never_has_a_name():
+    before, node = _files(), Alone()
     SharedMemory(node, 100)
+    assert node.names <= before, "a rank killed now would leave it behind"
+    assert node.mode == 0o600
+
+
+def test_other_users_may_not_read_it_where_it_needs_a_name(monkeypatch):
+    def unnamed_is_refused(path, flags, *mode):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError("refused")
+        return original(path, flags, *mode)
+
+    before, node, original = _files(), Alone(), os.open
+    monkeypatch.setattr(dpoptim.shared_memory.os, "open", unnamed_is_refused)
+    SharedMemory(node, 100)
+    assert node.names - before == {Path(node.path).name}
     assert node.mode == 0o600
     assert not Path(node.path).exists()
+
+
+@pytest.mark.parallel
+def test_ranks_that_do_not_see_each_other_in_proc_share_memory_too(world, monkeypatch):
+    def is_elsewhere(path, flags, *mode):
+        return original("/dev/null" if str(path).startswith("/proc/") else path, flags, *mode)
+
+    before, original = _files(), os.open
+    communicator = Communicator(world)
+    if world.rank == 1:
+        monkeypatch.setattr(dpoptim.shared_memory.os, "open", is_elsewhere)
+    tensor = communicator.share_in_node(100).tensor(torch.uint8, [100])
+    tensor[world.rank] = 7
+    communicator.barrier()
+    found = tensor[: world.size].tolist()
+    communicator.barrier()
+    communicator.free()
+    assert found == [7] * world.size
+    if world.rank == 0:
+        _assert_nothing_is_left(before)
 
 
 def test_memory_lives_as_long_as_its_tensors():
