@@ -24,10 +24,12 @@ from torch import Tensor
 from dpoptim import messages
 from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
-from dpoptim.messages import Messages, Pending
+from dpoptim.messages import Messages, Pending, PendingSum
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
 from dpoptim.shared_memory import SharedMemory, meeting, sums
+from dpoptim.sleeping_barrier import SleepingBarrier
+from dpoptim.small_sums import SmallSum, SmallSums
 from dpoptim.staging_area import ASLEEP_BYTES, AWAKE_BYTES, StagingArea
 
 __all__ = ["Communicator", "Pending", "Topology", "Work", "available_cores"]
@@ -149,6 +151,7 @@ class Communicator:
         # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
         self._is_patient = any(own_messages.all_gather_object(self._shares_cores))
         own_messages.patience_bytes = _PATIENCE_BYTES if self._is_patient else 0
+        self._small_sums = self._find_small_sums()
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None
@@ -205,7 +208,7 @@ class Communicator:
         """
         flat = _flat(tensor)
         _check_summable(flat.dtype)
-        return self._run(self._all_reduce, flat, scale, async_op=async_op)
+        return self._run(self._all_reduce, (flat,), scale, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -232,7 +235,7 @@ class Communicator:
         flat = _flat(tensor)
         _check_summable(flat.dtype)
         counts = self._checked_counts(output, tensor, counts)
-        return self._run(self._reduce_scatter, _flat(output), flat, counts, scale, async_op=async_op)
+        return self._run(self._reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
 
     def all_gather(
         self, output: Tensor, tensor: Tensor, *, counts: Sequence[int] | None = None, async_op: bool = False
@@ -249,13 +252,27 @@ class Communicator:
             Elements of each rank's part; by default as equal as possible.
         """
         counts = self._checked_counts(tensor, output, counts)
-        return self._run(self._all_gather, _flat(output), _flat(tensor), counts, async_op=async_op)
+        flat = _flat(output)
+        own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+        if own.data_ptr() != tensor.data_ptr():
+            own.copy_(_flat(tensor))
+        return self._run(self._all_gather, (flat,), counts, async_op=async_op)
 
     def broadcast(self, tensor: Tensor, *, root: int = 0, async_op: bool = False) -> Work:
         """Copy rank ``root``'s ``tensor`` to all ranks, in place; collective. Any dtype."""
         if not 0 <= root < self.world_size:
             raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}, got {root}")
-        return self._run(self._broadcast, _flat(tensor), root, async_op=async_op)
+        return self._run(self._broadcast, (_flat(tensor),), root, async_op=async_op)
+
+    def start_sum(self, numbers: Sequence[float]) -> "PendingSum | SmallSum":
+        """Start the sums of a few numbers over all ranks, in float64; collective, does not block.
+
+        This object's thread has no part in it. It goes on only while this rank calls ``test`` of what is returned, or
+        ``wait``, which returns the sums; one ends before the next starts.
+        """
+        if self._small_sums is not None and len(numbers) <= self._small_sums.max_numbers:
+            return self._small_sums.start(numbers)
+        return self._messages.start_sum(numbers)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
@@ -295,7 +312,7 @@ class Communicator:
         """
         flat = _flat(tensor)
         counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
-        return self._run(self._reduce_scatter_in_node, _flat(output), flat, counts, scale, async_op=async_op)
+        return self._run(self._reduce_scatter_in_node, (_flat(output), flat), counts, scale, async_op=async_op)
 
     def node_barrier(self) -> None:
         """Wait until all ranks of this node are here; collective in the node."""
@@ -389,7 +406,7 @@ class Communicator:
             self._thread.shutdown()
         if self._ways is not None and self._ways.counterparts is not None:
             self._ways.counterparts.free()
-        self._ways = None
+        self._ways = self._small_sums = None
         self._node.free()
         self._messages.free()
 
@@ -399,6 +416,16 @@ class Communicator:
         mine = tuple(self._node.all_gather_object(self.rank))
         nodes = tuple(sorted(set(self._messages.all_gather_object(mine))))
         return Topology(nodes, nodes.index(mine), mine.index(self.rank))
+
+    def _find_small_sums(self) -> SmallSums | None:
+        """Set up memory for a few numbers, for ranks of one node that share cores; collective."""
+        if not (self._shares_cores and self.topology.num_nodes == 1 < self.world_size and SleepingBarrier.is_here()):
+            return None
+        try:
+            return SmallSums(self._node)
+        except OSError as error:
+            logger.info("few numbers go by messages: %s (rank %d)", error, self.rank)
+            return None
 
     def _find_ways(self) -> "_NodeWays | None":
         """Set up shared memory at its first use; collective then, with the same answer on all ranks."""
@@ -460,14 +487,14 @@ class Communicator:
             and tensor.nbytes <= self._ways.staging_area.small_bytes
         )
 
-    def _run(self, collective: Callable[..., Work], *args: Any, async_op: bool) -> Work:
-        """Run a collective: here, on the thread, or with others as far as it can wait."""
+    def _run(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any, async_op: bool) -> Work:
+        """Run a collective of these tensors: here, on the thread, or with others as far as it can wait."""
         if self._thread is not None and async_op:
-            on_stream = on_same_stream(collective, args[0].device)
-            return _Submitted(self._thread.submit(lambda: on_stream(*args).wait()))
+            on_stream = on_same_stream(self._run_on_host, tensors[0].device)
+            return _Submitted(self._thread.submit(lambda: on_stream(collective, tensors, *args).wait()))
         self._may_wait = async_op
         try:
-            work = collective(*args)
+            work = self._run_on_host(collective, tensors, *args)
         finally:
             self._may_wait = False
         if async_op:
@@ -475,40 +502,55 @@ class Communicator:
         work.wait()
         return _DONE
 
+    def _run_on_host(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any) -> Work:
+        if tensors[0].device.type == "cpu":
+            return collective(*tensors, *args)
+        with host_memory(*tensors, direct=messages.reads_device_memory) as hosts:
+            collective(*hosts, *args).wait()
+        return _DONE
+
     def _all_reduce(self, tensor: Tensor, scale: float) -> Work:
         if self.world_size == 1:
             _scale(tensor, scale)
             return _DONE
-        with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
-            ways = self._ways_for(host) if sums(host.dtype) else None
-            if ways is None and self._meets_asleep(host):
-                assert self._ways is not None
-                self._ways.staging_area.all_reduce_small(host, scale)
-            elif ways is None:
-                _scale(host, scale)
-                self._messages.all_reduce(host)
-            elif self.topology.num_nodes == 1:
-                ways.memory.all_reduce(host, scale)
-                return _done_unless_here(ways.memory, host, tensor)
-            else:
-                counts = even_counts(host.numel(), ways.num_owners) + [0] * (self.topology.local_size - ways.num_owners)
-                parts = torch.split_with_sizes(host, counts)
-                own = parts[self.topology.local_rank]
-                self._sum_parts(ways, own, parts, scale).wait()
-                if ways.staging is not None:
-                    ways.memory.all_gather(parts)
-                    ways.memory.wait()
+        ways = self._ways_for(tensor) if sums(tensor.dtype) else None
+        if ways is None and self._meets_asleep(tensor):
+            assert self._ways is not None
+            self._ways.staging_area.all_reduce_small(tensor, scale)
+        elif ways is None:
+            _scale(tensor, scale)
+            self._messages.all_reduce(tensor)
+        elif self.topology.num_nodes == 1:
+            ways.memory.all_reduce(tensor, scale)
+            return ways.memory
+        else:
+            counts = even_counts(len(tensor), ways.num_owners) + [0] * (self.topology.local_size - ways.num_owners)
+            starts = start_offsets(counts)
+            own = tensor.narrow(0, starts[self.topology.local_rank], counts[self.topology.local_rank])
+            self._sum_parts(ways, own, tensor, starts, counts, scale).wait()
+            if ways.staging is not None:
+                ways.memory.all_gather(tensor, starts, counts)
+                ways.memory.wait()
         return _DONE
 
-    def _sum_parts(self, ways: "_NodeWays", output: Tensor, parts: Sequence[Tensor], scale: float) -> Work:
+    def _sum_parts(
+        self,
+        ways: "_NodeWays",
+        output: Tensor,
+        tensor: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        scale: float,
+    ) -> Work:
         """Sum over the node, then over the counterparts on other nodes."""
         if ways.staging is not None:
-            ways.memory.reduce_scatter(output, parts, scale)
+            ways.memory.reduce_scatter(output, tensor, starts, counts, scale)
             if self.topology.num_nodes == 1:
                 return ways.memory
             ways.memory.wait()  # also of ranks without counterparts: a batch is the same on all ranks of a node
         else:
-            output.copy_(parts[0])
+            if output.data_ptr() != tensor.data_ptr():
+                output.copy_(tensor[: counts[0]])
             _scale(output, scale)
         if ways.counterparts is not None:
             ways.counterparts.all_reduce(output)
@@ -518,55 +560,49 @@ class Communicator:
         ways = self._find_ways()
         if ways is None:
             raise RuntimeError(f"node_shared=True needs shared memory on every node: {self._why_no_ways}")
-        with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
-            work = self._sum_parts(ways, host_output, torch.split_with_sizes(host_source, counts), scale)
-            return _done_unless_here(work, host_source, source)
+        return self._sum_parts(ways, output, source, start_offsets(counts), counts, scale)
 
     def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
-        with host_memory(source, output, direct=messages.reads_device_memory) as (host_source, host_output):
-            ways = self._ways_for(host_source) if sums(host_source.dtype) else None
-            if ways is None or not self.topology.is_even:
-                scaled = host_source if scale == 1.0 else host_source * scale
-                self._messages.reduce_scatter(host_output, scaled, counts)
-                return _DONE
-            parts = torch.split_with_sizes(host_source, counts)
-            if self.topology.num_nodes == 1:
-                ways.memory.reduce_scatter(host_output, parts, scale)
-                return _done_unless_here(ways.memory, host_source, source)
-            own_counts = [counts[node[self.topology.local_rank]] for node in self.topology.nodes]
-            own_parts = host_source.new_empty(sum(own_counts))
-            for node, own in zip(self.topology.nodes, torch.split(own_parts, own_counts), strict=True):
-                ways.memory.reduce_scatter(own, [parts[rank] for rank in node], scale)
-            ways.memory.wait()
-            assert ways.counterparts is not None
-            ways.counterparts.reduce_scatter(host_output, own_parts, own_counts)
+        ways = self._ways_for(source) if sums(source.dtype) else None
+        if ways is None or not self.topology.is_even:
+            scaled = source if scale == 1.0 else source * scale
+            self._messages.reduce_scatter(output, scaled, counts)
             return _DONE
+        starts = start_offsets(counts)
+        if self.topology.num_nodes == 1:
+            ways.memory.reduce_scatter(output, source, starts, counts, scale)
+            return ways.memory
+        own_counts = [counts[node[self.topology.local_rank]] for node in self.topology.nodes]
+        own_parts = source.new_empty(sum(own_counts))
+        for node, own in zip(self.topology.nodes, torch.split(own_parts, own_counts), strict=True):
+            node_starts, node_counts = [starts[rank] for rank in node], [counts[rank] for rank in node]
+            ways.memory.reduce_scatter(own, source, node_starts, node_counts, scale)
+        ways.memory.wait()
+        assert ways.counterparts is not None
+        ways.counterparts.reduce_scatter(output, own_parts, own_counts)
+        return _DONE
 
-    def _all_gather(self, output: Tensor, tensor: Tensor, counts: list[int]) -> Work:
-        own = output.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
-        if own.data_ptr() != tensor.data_ptr():
-            own.copy_(tensor)
-        with host_memory(output, direct=messages.reads_device_memory) as (host,):
-            ways = self._ways_for(host)
-            if ways is None or not self.topology.is_even:
-                self._messages.all_gather(host, counts)
-                return _DONE
-            parts = torch.split_with_sizes(host, counts)
-            if ways.counterparts is not None:
-                own_ranks = [node[self.topology.local_rank] for node in self.topology.nodes]
-                gathered = torch.cat([parts[rank] for rank in own_ranks])
-                own_counts = [counts[rank] for rank in own_ranks]
-                ways.counterparts.all_gather(gathered, own_counts)
-                for rank, values in zip(own_ranks, torch.split(gathered, own_counts), strict=True):
-                    parts[rank].copy_(values)
-            for node in self.topology.nodes:
-                ways.memory.all_gather([parts[rank] for rank in node])
-            return _done_unless_here(ways.memory, host, output)
+    def _all_gather(self, tensor: Tensor, counts: list[int]) -> Work:
+        ways = self._ways_for(tensor)
+        if ways is None or not self.topology.is_even:
+            self._messages.all_gather(tensor, counts)
+            return _DONE
+        starts = start_offsets(counts)
+        if ways.counterparts is not None:
+            own_ranks = [node[self.topology.local_rank] for node in self.topology.nodes]
+            own_counts = [counts[rank] for rank in own_ranks]
+            own_parts = [tensor.narrow(0, starts[rank], counts[rank]) for rank in own_ranks]
+            gathered = torch.cat(own_parts)
+            ways.counterparts.all_gather(gathered, own_counts)
+            for part, values in zip(own_parts, torch.split(gathered, own_counts), strict=True):
+                part.copy_(values)
+        for node in self.topology.nodes:
+            ways.memory.all_gather(tensor, [starts[rank] for rank in node], [counts[rank] for rank in node])
+        return ways.memory
 
     def _broadcast(self, tensor: Tensor, root: int) -> Work:
         if self.world_size > 1:
-            with host_memory(tensor, direct=messages.reads_device_memory) as (host,):
-                self._messages.broadcast(host, root)
+            self._messages.broadcast(tensor, root)
         return _DONE
 
     def _checked_counts(self, part: Tensor, whole: Tensor, counts: Sequence[int] | None) -> list[int]:
@@ -614,14 +650,6 @@ def available_cores() -> set[int]:
 
 
 _DONE = _Done()
-
-
-def _done_unless_here(work: Work, host: Tensor, tensor: Tensor) -> Work:
-    """Finish what was started for a copy in host memory, which goes back to the device now."""
-    if host is tensor:
-        return work
-    work.wait()
-    return _DONE
 
 
 def _flat(tensor: Tensor) -> Tensor:

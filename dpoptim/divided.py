@@ -142,9 +142,8 @@ class Divided:
 
     def _check_all(self, failure: Exception | None) -> None:
         """Wait until all ranks have stepped, and raise on all if one has failed; collective."""
-        num_failed = torch.tensor([float(failure is not None)])
-        self._communicator.all_reduce(num_failed)
-        if not num_failed.item():
+        (num_failed,) = self._communicator.start_sum([failure is not None]).wait()
+        if not num_failed:
             return
         failures = self._communicator.all_gather_object(None if failure is None else _described(failure))
         if failure is not None:

@@ -134,8 +134,8 @@ class DividedReducer(Reducer):
         self._is_finite = _are_finite([bucket.own for bucket in self._buckets])
         return [changed, float(not self._is_finite)]
 
-    def _settle(self, reports: Sequence[Report] | None, flags: Tensor) -> None:
-        num_not_finite = flags[1].item()
+    def _settle(self, reports: Sequence[Report] | None, flags: Sequence[float]) -> None:
+        num_not_finite = flags[1]
         if reports is not None and self._wake(reports):
             num_not_finite += self._take_over_woken()
         self._add_what_was_put_aside()
@@ -189,9 +189,8 @@ class DividedReducer(Reducer):
         self._give_gradients()
         are_finite = _are_finite([bucket.own for bucket, _ in self._launched[num_reduced:]])
         self._is_finite = self._is_finite and are_finite
-        flag = torch.tensor([float(not are_finite)])
-        self.communicator.all_reduce(flag)
-        return flag.item()
+        (num_not_finite,) = self.communicator.start_sum([not are_finite]).wait()
+        return num_not_finite
 
     def _spoil(self) -> None:
         """Put an infinite number where it is seen and not used: another rank's part has one."""

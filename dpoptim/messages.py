@@ -39,6 +39,7 @@ __all__ = [
     "SUMMED_IN_FLOAT32",
     "Messages",
     "Pending",
+    "PendingSum",
     "abort",
     "attach",
     "attached",
@@ -92,6 +93,22 @@ class Pending:
         return bool(self._request.Test())
 
 
+class PendingSum:
+    """A sum of numbers that MPI itself carries on."""
+
+    def __init__(self, pending: Pending, numbers: Tensor) -> None:
+        self._pending, self._numbers = pending, numbers
+
+    def wait(self) -> list[float]:
+        """Block until the sums are there, and return them."""
+        self._pending.wait()
+        return list(self._numbers.tolist())
+
+    def test(self) -> bool:
+        """Whether :meth:`wait` does not block."""
+        return self._pending.test()
+
+
 class Messages:
     """A private duplicate of an MPI communicator, and the collectives on it.
 
@@ -142,6 +159,10 @@ class Messages:
 
     # ---------------------------------------------------------------- collectives
 
+    def progress(self) -> None:
+        """Let MPI go on with what this process has under way on any communicator; local."""
+        self._comm.Iprobe()
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self._comm.Barrier()
@@ -168,6 +189,11 @@ class Messages:
                 part = chunk.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
                 self.reduce_scatter(part, chunk, counts)
                 self.all_gather(chunk, counts)
+
+    def start_sum(self, numbers: Sequence[float]) -> "PendingSum":
+        """Start to sum numbers over all ranks in float64; does not block."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        return PendingSum(self.start_all_reduce(tensor), tensor)
 
     def start_all_reduce(self, tensor: Tensor) -> "Pending":
         """Start to sum over all ranks, in place, by MPI itself; does not block."""

@@ -21,26 +21,30 @@ all buckets of a step.
 """
 
 import ctypes
+import itertools
 import os
 import platform
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dpoptim.errors import raised_on_all_ranks
-from dpoptim.partition import even_counts
+from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 
 __all__ = ["PeerMemory"]
 
 # What is summed at once: two such pieces, what was read and the sum, stay in a cache; system calls hardly count.
 _PIECE_BYTES = 1 << 20
-# The kernel reads at most 2^31 - 4096 bytes a call.
-_READ_BYTES = 1 << 30
+# The kernel takes at most 1024 spans a call.
 _MAX_NOTED = 512
 _SECRET_BYTES = 16
+
+# From where in another process to where in this one, and how many bytes.
+_Copy = tuple[int, int, int]
 
 
 class _Span(ctypes.Structure):
@@ -51,33 +55,33 @@ class _Row(ctypes.Structure):
     """What a rank tells the others of a batch, in memory that they share."""
 
     _fields_ = (
-        ("anchors", ctypes.c_int64 * _MAX_NOTED),
+        ("places", ctypes.c_int64 * _MAX_NOTED),
         ("scales", ctypes.c_double * _MAX_NOTED),
         ("failed", ctypes.c_int64),
         ("_padding", ctypes.c_int64 * 7),
     )
 
 
+@dataclass
 class _Noted:
-    """A collective of a batch: this rank's tensors, and where they lie on each rank."""
+    """A collective of a batch: this rank's tensor, which part of it each rank owns, and where it lies on each."""
 
-    def __init__(self, parts: Sequence[Tensor], output: Tensor | None, scale: float, *, gathers: bool) -> None:
-        self.parts = parts
-        self.output = output  # where this rank's sum goes, if there is one
-        self.scale = scale
-        self.gathers = gathers
-        # The same part on all ranks, of an address that is not null.
-        self.anchor = next(part for part in parts if part.numel()).data_ptr()
-        self.anchors: Sequence[int] = ()  # of all ranks
-        self.scales: Sequence[float] = ()
+    tensor: Tensor
+    starts: Sequence[int]
+    counts: Sequence[int]
+    output: Tensor | None  # where this rank's sum goes, if there is one
+    scale: float
+    gathers: bool
+    places: Sequence[int] = ()
+    scales: Sequence[float] = ()
 
 
 class PeerMemory:
     """The collectives of one node by reading each other's memory; construction is collective in the node.
 
     Every method is collective among the ranks of the node and gives the same bits on all. Tensors are flat,
-    contiguous host tensors of one dtype; the parts of a collective are pieces of one tensor, divided alike on all
-    ranks. They belong to this object until :meth:`wait` returns.
+    contiguous host tensors of one dtype, divided alike on all ranks. They belong to this object until :meth:`wait`
+    returns.
 
     Parameters
     ----------
@@ -108,36 +112,49 @@ class PeerMemory:
         start = self._memory.data_ptr()
         self._rows = [_Row.from_address(start + num_bytes * rank) for rank in range(self._size)]
         self._noted: list[_Noted] = []
-        self._scratch = [torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(2)]
+        self._first, self._further = (torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(2))
+        self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     # ---------------------------------------------------------------- what to do
 
     def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> None:
         """Note: sum ``scale`` times the tensor over the ranks, in place; every rank has a scale of its own."""
-        parts = torch.split(tensor, even_counts(tensor.numel(), self._size))
-        self._note(parts, parts[self._rank], scale, gathers=True)
+        counts = even_counts(len(tensor), self._size)
+        starts = start_offsets(counts)
+        own = tensor[starts[self._rank] : starts[self._rank] + counts[self._rank]]
+        self._note(_Noted(tensor, starts, counts, own, scale, gathers=True))
 
-    def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor], scale: float = 1.0) -> None:
-        """Note: sum ``scale`` times the parts over the ranks; each keeps its part in ``output``.
+    def reduce_scatter(
+        self, output: Tensor, tensor: Tensor, starts: Sequence[int], counts: Sequence[int], scale: float = 1.0
+    ) -> None:
+        """Note: sum ``scale`` times the parts of a tensor over the ranks; each keeps its own part.
 
-        ``output`` may be ``parts[rank]`` itself; the parts of other ranks are left unchanged.
+        Parameters
+        ----------
+        output : Tensor, numel ``counts[rank]``
+            Receives the sum of this rank's part; may be that part itself.
+        tensor : Tensor
+            This rank's values of every rank's part; those of the other ranks are left unchanged.
+        starts, counts : sequence of int
+            Where each rank's part begins, and how many elements it has; the same on all ranks.
+        scale : float
+            Of this rank's values.
         """
-        self._note(parts, output, scale, gathers=False)
+        self._note(_Noted(tensor, starts, counts, output, scale, gathers=False))
 
-    def all_gather(self, parts: Sequence[Tensor]) -> None:
-        """Note: collect every rank's part in ``parts``, where its own already has the values. Any dtype."""
-        self._note(parts, None, 1.0, gathers=True)
+    def all_gather(self, tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Note: collect every rank's part of the tensor, where its own already has the values. Any dtype."""
+        self._note(_Noted(tensor, starts, counts, None, 1.0, gathers=True))
 
-    def _note(self, parts: Sequence[Tensor], output: Tensor | None, scale: float, *, gathers: bool) -> None:
-        if not any(part.numel() for part in parts):
+    def _note(self, noted: _Noted) -> None:
+        if not any(noted.counts):
             return
-        self._noted.append(_Noted(parts, output, scale, gathers=gathers))
+        self._noted.append(noted)
         if len(self._noted) == _MAX_NOTED:
             self.wait()
 
     # ---------------------------------------------------------------- how
 
-    @torch.no_grad()
     def wait(self) -> None:
         """Do all that was noted (Note [Batches]); blocks.
 
@@ -146,9 +163,12 @@ class PeerMemory:
         RuntimeError
             On every rank, if one could not read.
         """
-        if not self._noted:
-            return
-        batch, self._noted = self._noted, []
+        if self._noted:
+            batch, self._noted = self._noted, []
+            self._do(batch)
+
+    @torch.no_grad()
+    def _do(self, batch: Sequence[_Noted]) -> None:
         summed = [noted for noted in batch if noted.output is not None]
         gathered = [noted for noted in batch if noted.gathers]
         self._exchange_places(batch)
@@ -163,10 +183,9 @@ class PeerMemory:
             text = f"rank {failed} of the node could not read another's memory" + (f": {error}" if error else "")
             raise raised_on_all_ranks(RuntimeError(text))
 
-    def _attempt(self, do: Callable[[_Noted], None], batch: Sequence[_Noted]) -> OSError | None:
+    def _attempt(self, do: Callable[[Sequence[_Noted]], None], batch: Sequence[_Noted]) -> OSError | None:
         try:
-            for noted in batch:
-                do(noted)
+            do(batch)
         except OSError as error:
             return error
         return None
@@ -174,61 +193,73 @@ class PeerMemory:
     def _exchange_places(self, batch: Sequence[_Noted]) -> None:
         number = len(batch)
         own = self._rows[self._rank]
-        own.anchors[:number] = [noted.anchor for noted in batch]
+        own.places[:number] = [noted.tensor.data_ptr() for noted in batch]
         own.scales[:number] = [noted.scale for noted in batch]
         self._meet()
-        all_anchors = [row.anchors[:number] for row in self._rows]
-        all_scales = [row.scales[:number] for row in self._rows]
-        for place, noted in enumerate(batch):
-            noted.anchors = [anchors[place] for anchors in all_anchors]
-            noted.scales = [scales[place] for scales in all_scales]
+        all_places = zip(*[row.places[:number] for row in self._rows], strict=True)
+        all_scales = zip(*[row.scales[:number] for row in self._rows], strict=True)
+        for noted, places, scales in zip(batch, all_places, all_scales, strict=True):
+            noted.places, noted.scales = places, scales
 
-    def _sum(self, noted: _Noted) -> None:
-        """Sum this rank's part over all ranks, piece by piece (Note [Order of sums] in shared_memory.py)."""
-        own, output = noted.parts[self._rank], noted.output
-        assert output is not None
-        if not own.numel():
-            return
-        is_wide = own.dtype in SUMMED_IN_FLOAT32
-        numel = _PIECE_BYTES // own.element_size()
-        scratch = [memory.view(own.dtype) for memory in self._scratch]
+    def _sum(self, batch: Sequence[_Noted]) -> None:
+        """Sum this rank's parts over all ranks, piece by piece (Note [Order of sums] in shared_memory.py)."""
+        for noted in batch:
+            start, numel, output = noted.starts[self._rank], noted.counts[self._rank], noted.output
+            assert output is not None
+            itemsize = output.element_size()
+            window = _PIECE_BYTES // itemsize
+            for first in range(0, numel, window):
+                size = min(window, numel - first)
+                own = noted.tensor.narrow(0, start + first, size)
+                target = output if size == numel else output.narrow(0, first, size)
+                offset_bytes = (start + first) * itemsize
+                self._sum_piece(target, own, [place + offset_bytes for place in noted.places], noted.scales)
+
+    def _sum_piece(self, target: Tensor, own: Tensor, addresses: Sequence[int], scales: Sequence[float]) -> None:
+        """Sum one piece of all ranks, at these addresses; ``target`` may be ``own`` and is written last."""
         # A factor that all have in common is one pass over the sum rather than over what is summed.
-        common = noted.scales[0] if len(set(noted.scales)) == 1 else None
-        scales = noted.scales if common is None else (1.0,) * self._size
-        offset_bytes = own.data_ptr() - noted.anchor
-        for piece, target in zip(torch.split(own, numel), torch.split(output, numel), strict=True):
-            read = scratch if len(piece) == numel else [memory[: len(piece)] for memory in scratch]
-            total = piece
-            for rank in range(self._size):
-                values = read[1 if rank else 0]
-                if rank != self._rank:
-                    self._read(rank, noted.anchors[rank] + offset_bytes, values)
-                    if scales[rank] != 1.0:
-                        values.mul_(scales[rank])
-                else:
-                    # The own values may be the target, which is written last.
-                    values = piece if scales[rank] == 1.0 else torch.mul(piece, scales[rank], out=target)
-                if rank == 0:
-                    total = values.float() if is_wide else values
-                elif is_wide:
-                    total += values
-                else:
-                    total = torch.add(total, values, out=target if rank == self._size - 1 else read[0])
-            if is_wide:
-                target.copy_(total if common is None or common == 1.0 else total.mul_(common))
-            elif common is not None and common != 1.0:
-                target.mul_(common)
-            offset_bytes += piece.nbytes
+        common = scales[0] if len(set(scales)) == 1 else None
+        if common is not None:
+            scales = (1.0,) * self._size
+        is_wide = own.dtype in SUMMED_IN_FLOAT32
+        first, further = self._scratch_like(own)
+        total, last = own, self._size - 1
+        for rank in range(self._size):
+            if rank != self._rank:
+                values = further if rank else first
+                _read_memory(self._pids[rank], [(addresses[rank], values.data_ptr(), values.nbytes)])
+                if scales[rank] != 1.0:
+                    values.mul_(scales[rank])
+            else:
+                values = own if scales[rank] == 1.0 else torch.mul(own, scales[rank], out=target)
+            if rank == 0:
+                total = values.float() if is_wide else values
+            elif is_wide:
+                total += values
+            else:
+                total = torch.add(total, values, out=target if rank == last else first)
+        if is_wide:
+            target.copy_(total if common is None or common == 1.0 else total.mul_(common))
+        elif common is not None and common != 1.0:
+            target.mul_(common)
 
-    def _gather(self, noted: _Noted) -> None:
+    def _scratch_like(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+        if piece.dtype not in self._scratch:
+            self._scratch[piece.dtype] = self._first.view(piece.dtype), self._further.view(piece.dtype)
+        first, further = self._scratch[piece.dtype]
+        numel = len(piece)
+        return (first, further) if numel == len(first) else (first[:numel], further[:numel])
+
+    def _gather(self, batch: Sequence[_Noted]) -> None:
         for step in range(1, self._size):  # not all from the same rank at once
             owner = (self._rank + step) % self._size
-            part = noted.parts[owner]
-            if part.numel():
-                self._read(owner, noted.anchors[owner] + part.data_ptr() - noted.anchor, part)
-
-    def _read(self, rank: int, address: int, target: Tensor) -> None:
-        _read_memory(self._pids[rank], address, target)
+            copies = []
+            for noted in batch:
+                itemsize = noted.tensor.element_size()
+                start_bytes, num_bytes = noted.starts[owner] * itemsize, noted.counts[owner] * itemsize
+                if num_bytes:
+                    copies.append((noted.places[owner] + start_bytes, noted.tensor.data_ptr() + start_bytes, num_bytes))
+            _read_memory(self._pids[owner], copies)
 
 
 def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
@@ -240,7 +271,7 @@ def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
     found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8)
     try:
         for pid, address, expected in places:
-            _read_memory(pid, address, found)
+            _read_memory(pid, [(address, found.data_ptr(), _SECRET_BYTES)])
             if bytes(found.tolist()) != expected:
                 return "process numbers mean others, in a namespace of processes"
     except OSError as error:
@@ -248,18 +279,31 @@ def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
     return None
 
 
-def _read_memory(pid: int, address: int, target: Tensor) -> None:
-    """Copy from the memory of another process; raises OSError."""
-    here, num_bytes = target.data_ptr(), target.nbytes
-    while num_bytes:
-        size = min(num_bytes, _READ_BYTES)
-        count = _libc.process_vm_readv(
-            pid, ctypes.byref(_Span(here, size)), 1, ctypes.byref(_Span(address, size)), 1, 0
-        )
+def _read_memory(pid: int, copies: Sequence[_Copy]) -> None:
+    """Make these copies from the memory of another process; raises OSError."""
+    while copies:
+        here = _spans([(target, num_bytes) for _, target, num_bytes in copies])
+        there = _spans([(address, num_bytes) for address, _, num_bytes in copies])
+        count = _libc.process_vm_readv(pid, here, len(copies), there, len(copies), 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process_vm_readv of process {pid}: {os.strerror(number)}")
-        here, address, num_bytes = here + count, address + count, num_bytes - count
+        copies = _rest(copies, count)
+
+
+def _spans(spans: Sequence[tuple[int, int]]) -> "ctypes.Array[_Span]":
+    return (_Span * len(spans))(*itertools.starmap(_Span, spans))
+
+
+def _rest(copies: Sequence[_Copy], count: int) -> list[_Copy]:
+    """Return what is left of these copies when so many bytes of them are there: a call may stop early."""
+    rest = []
+    for address, target, num_bytes in copies:
+        done = min(count, num_bytes)
+        count -= done
+        if done < num_bytes:
+            rest.append((address + done, target + done, num_bytes - done))
+    return rest
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -267,9 +311,9 @@ if hasattr(_libc, "process_vm_readv"):
     _libc.process_vm_readv.restype = ctypes.c_ssize_t
     _libc.process_vm_readv.argtypes = (
         ctypes.c_int,
-        ctypes.c_void_p,
+        ctypes.POINTER(_Span),
         ctypes.c_ulong,
-        ctypes.c_void_p,
+        ctypes.POINTER(_Span),
         ctypes.c_ulong,
         ctypes.c_ulong,
     )

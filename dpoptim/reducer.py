@@ -280,9 +280,8 @@ class Reducer:
     def _take_over(self) -> None:
         """Turn reduced buckets into gradients, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
-        flags = torch.tensor(self._flags(had_gradient))
-        self.communicator.all_reduce(flags)
-        reports = self._exchange_reports(had_gradient) if flags[0].item() else None
+        flags = self.communicator.start_sum(self._flags(had_gradient)).wait()
+        reports = self._exchange_reports(had_gradient) if flags[0] else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:
             bucket.unpack(self._gradients(bucket))
@@ -294,7 +293,7 @@ class Reducer:
         """Return numbers whose sum over ranks all are told; the first says that something has changed."""
         return [float(self._misfit or had_gradient != self._had_gradient)]
 
-    def _settle(self, reports: Sequence[Report] | None, flags: Tensor) -> None:  # noqa: ARG002  others need them
+    def _settle(self, reports: Sequence[Report] | None, flags: Sequence[float]) -> None:  # noqa: ARG002  others need them
         """Do what is left when all buckets are reduced: what no bucket was planned for, and the next plan."""
         if reports is not None:
             self._reduce_outsiders()

@@ -124,11 +124,10 @@ class RollCall:
         if self._closed is not None:
             return
         self._closed = "this rank has left the program"
-        answers = self._answers("leaving", 0.0, left=True)
-        pending = self.communicator.start_all_reduce(answers)
-        while not pending.test():
+        answers = self.communicator.start_sum(self._answers("leaving", 0.0, left=True))
+        while not answers.test():
             yield
-        if int(answers[0]) < self.communicator.world_size:
+        if answers.wait()[0] < self.communicator.world_size:
             board = self._board("leaving", left=True)
             pending = self.communicator.start_all_reduce(board)
             while not pending.test():
@@ -142,16 +141,15 @@ class RollCall:
         if self in _alive:
             _alive.remove(self)
 
-    def _answers(self, place: str, weight: float, *, left: bool) -> Tensor:
+    def _answers(self, place: str, weight: float, *, left: bool) -> list[float]:
         fingerprint = zlib.crc32(place.encode()) & ((1 << _FINGERPRINT_BITS) - 1)
-        stop = float(self._stop_requested)
-        return torch.tensor([left, weight, fingerprint, fingerprint**2, stop], dtype=torch.float64)
+        return [left, weight, fingerprint, fingerprint**2, self._stop_requested]
 
     def _meet(self, place: str, weight: float) -> tuple[int, float]:
         answers = self._answers(place, weight, left=False)
         if self.communicator.world_size > 1:
-            self.communicator.start_all_reduce(answers).wait()
-        num_left, total_weight, total, total_of_squares, num_stopping = answers.tolist()
+            answers = self.communicator.start_sum(answers).wait()
+        num_left, total_weight, total, total_of_squares, num_stopping = answers
         self._stop_agreed = self._stop_agreed or num_stopping > 0
         # By Cauchy and Schwarz equality holds only if all are equal.
         if not num_left and self.communicator.world_size * int(total_of_squares) != int(total) ** 2:

@@ -37,10 +37,13 @@ SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
 class Node(Protocol):
-    """The ranks of one node; every method is collective among them."""
+    """The ranks of one node; every method but :meth:`progress` is collective among them."""
 
     rank: int
     world_size: int
+
+    def progress(self) -> None:
+        """Let the messages that this rank has under way go on; local."""
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -154,7 +157,7 @@ def meeting(node: Node, *, sleeping: bool) -> Callable[[], None]:
         return node.barrier
     numel = SleepingBarrier.words_needed(node.world_size)
     words = SharedMemory(node, 4 * numel).tensor(torch.int32, [numel])
-    return SleepingBarrier(words, node.rank, node.world_size).wait
+    return SleepingBarrier(words, node.rank, node.world_size, node.progress).wait
 
 
 def sums(dtype: torch.dtype) -> bool:

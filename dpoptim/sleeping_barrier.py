@@ -8,6 +8,7 @@ memory and sleeps in the kernel (futex(2)) on the word of a rank that is still t
 import ctypes
 import platform
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,9 +36,14 @@ class SleepingBarrier:
         Zero-filled memory that all ranks map; this object's as long as it lives.
     rank, world_size : int
         This rank's number, and how many there are.
+    meanwhile : callable, optional
+        Called each millisecond while others are waited for: what lets MPI go on with what they may wait for before
+        they can come here.
     """
 
-    def __init__(self, words: Tensor, rank: int, world_size: int) -> None:
+    def __init__(
+        self, words: Tensor, rank: int, world_size: int, meanwhile: Callable[[], object] | None = None
+    ) -> None:
         assert words.dtype == torch.int32
         self._memory = words  # keeps the mapping alive
         self._addresses = [words.data_ptr() + 4 * _WORDS_BETWEEN * other for other in range(world_size)]
@@ -45,11 +51,12 @@ class SleepingBarrier:
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
         self._count = 0
+        self._meanwhile = meanwhile
+        self._nap = ctypes.byref(_TimeSpec(1, 0) if meanwhile is None else _TimeSpec(0, 1_000_000))
         self._fence = threading.Lock()
         self._number = _SYSCALL_NUMBERS[platform.machine()]
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._syscall.restype = ctypes.c_long
-        self._look_again = _TimeSpec(1, 0)
 
     @staticmethod
     def is_here() -> bool:
@@ -63,18 +70,37 @@ class SleepingBarrier:
 
     def wait(self) -> None:
         """Wait until all ranks have called this as often as this rank."""
+        self.arrive()
+        self.wait_for_others()
+
+    def arrive(self) -> None:
+        """Tell the others that this rank is here, the first half of :meth:`wait`; does not block."""
         self._count = self._count % _EVERYBODY + 1
         self._order_memory()
         self._arrivals[self._rank].value = self._count
         self._futex(self._rank, _WAKE, _EVERYBODY, None)
+
+    def are_all_here(self) -> bool:
+        """Whether all others have arrived as often as this rank; once true, the second half of :meth:`wait`."""
+        is_here = all(not self._is_behind(arrivals.value) for arrivals in self._arrivals)
+        self._order_memory()
+        return is_here
+
+    def wait_for_others(self) -> None:
+        """Wait until :meth:`are_all_here`."""
         for other in self._others:
             arrivals, looks = self._arrivals[other], 0
-            # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
-            while (seen := arrivals.value) == self._count - 1 or (self._count == 1 and seen == _EVERYBODY):
+            while self._is_behind(seen := arrivals.value):
                 looks += 1
                 if looks > _NUM_LOOKS:
-                    self._futex(other, _WAIT, seen, ctypes.byref(self._look_again))
+                    self._futex(other, _WAIT, seen, self._nap)
+                    if self._meanwhile is not None:
+                        self._meanwhile()
         self._order_memory()
+
+    def _is_behind(self, seen: int) -> bool:
+        # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
+        return seen == self._count - 1 or (self._count == 1 and seen == _EVERYBODY)
 
     def _futex(self, rank: int, operation: int, value: int, timeout: object) -> None:
         # Wakes by another cause and vanished waits are all the same: the caller looks again.

@@ -95,18 +95,23 @@ class StagingArea:
         """The size of what fits one rank's area."""
         return self._in_bytes
 
-    def reduce_scatter(self, output: Tensor, parts: Sequence[Tensor], scale: float = 1.0) -> None:
-        """Sum ``scale`` times the parts over the ranks of the node; each keeps its part.
+    def reduce_scatter(
+        self, output: Tensor, tensor: Tensor, starts: Sequence[int], counts: Sequence[int], scale: float = 1.0
+    ) -> None:
+        """Sum ``scale`` times the parts of a tensor over the ranks of the node; each keeps its own part.
 
         Parameters
         ----------
-        output : Tensor, numel of ``parts[rank]``
-            Receives the sum of this rank's part; may be ``parts[rank]`` itself.
-        parts : sequence of Tensor
+        output : Tensor, numel ``counts[rank]``
+            Receives the sum of this rank's part; may be that part itself.
+        tensor : Tensor
             This rank's values of every rank's part; those of the other ranks are left unchanged.
+        starts, counts : sequence of int
+            Where each rank's part begins, and how many elements it has; the same on all ranks.
         scale : float
             Of this rank's values.
         """
+        parts = _parts(tensor, starts, counts)
         window = self._out_bytes // output.element_size()
         windows = [torch.split(part, window) if part.numel() else () for part in parts]
         outputs = torch.split(output, window) if output.numel() else ()
@@ -119,9 +124,9 @@ class StagingArea:
                 self._sum(outputs[index], pieces[self._rank], scale)
             self._turn += 1
 
-    def all_gather(self, parts: Sequence[Tensor]) -> None:
-        """Collect every rank's part in ``parts``, where its own already has the values. Any dtype."""
-        flat = [part.view(torch.uint8) for part in parts]
+    def all_gather(self, tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Collect every rank's part of the tensor, where its own already has the values. Any dtype."""
+        flat = [part.view(torch.uint8) for part in _parts(tensor, starts, counts)]
         num_chunks = max(-(-part.numel() // self._in_bytes) for part in flat)
         for index in range(num_chunks):
             slots = self._in(torch.uint8)
@@ -194,6 +199,10 @@ class StagingArea:
 
     def _view(self, dtype: torch.dtype, offset_bytes: int, num_bytes: int) -> Tensor:
         return self._memory.tensor(dtype, [num_bytes // dtype.itemsize], offset_bytes)
+
+
+def _parts(tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+    return [tensor[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 
 def _sum_of(values: Sequence[Tensor], out: Tensor | None = None) -> Tensor:

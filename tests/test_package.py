@@ -28,6 +28,7 @@ LEVELS = {
     "shared_memory": 1,
     "staging_area": 2,
     "peer_memory": 2,
+    "small_sums": 2,
     "communicator": 3,
     "roll_call": 4,
     "node_shared": 4,

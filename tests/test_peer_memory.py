@@ -10,7 +10,7 @@ import torch
 
 import dpoptim.peer_memory
 from dpoptim.communicator import Communicator
-from dpoptim.partition import even_counts
+from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
 
 pytestmark = pytest.mark.parallel
@@ -42,11 +42,11 @@ def test_nothing_is_done_before_a_wait_and_everything_then(node):
     counts = even_counts(1000, size)
     reduced, scattered, gathered = _own(rank, 0), _own(rank, 1), torch.zeros(1000, dtype=torch.float64)
     part = torch.zeros(counts[rank], dtype=torch.float64)
-    parts = gathered.split(counts)
-    parts[rank].copy_(_own(0, 2).split(counts)[rank])
+    starts = start_offsets(counts)
+    gathered.split(counts)[rank].copy_(_own(0, 2).split(counts)[rank])
     peers.all_reduce(reduced, rank + 1.0)
-    peers.reduce_scatter(part, scattered.split(counts), rank + 1.0)
-    peers.all_gather(parts)
+    peers.reduce_scatter(part, scattered, starts, counts, rank + 1.0)
+    peers.all_gather(gathered, starts, counts)
     early = bool(part.any()) or not torch.equal(reduced, _own(rank, 0))
     peers.wait()
     peers.wait()  # nothing is left

@@ -31,12 +31,12 @@ print("ready", flush=True)
 
 SMALL = """
 import torch
-from dpoptim.communicator import Communicator
+from dpoptim.messages import Messages
 from dpoptim.shared_memory import meeting
 from dpoptim.staging_area import StagingArea
-communicator = Communicator()
-rank, size = communicator.rank, communicator.world_size
-area = StagingArea(communicator, meeting(communicator, sleeping=True), 1 << 20)
+node = Messages(None, 1 << 30)
+rank, size = node.rank, node.world_size
+area = StagingArea(node, meeting(node, sleeping=True), 1 << 20)
 for turn in range(12):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8):
         own = torch.arange(turn % 7).to(dtype) + rank

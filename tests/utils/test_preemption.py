@@ -20,9 +20,9 @@ comm, path, number, overlap = MPI.COMM_WORLD, sys.argv[1], int(sys.argv[2]), sys
 model = torch.nn.Linear(3, 2)
 opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.named_parameters(), lr=0.1), overlap=overlap)
 calls = []
-for name in ("all_reduce", "start_all_reduce"):
+for name in ("all_reduce", "start_all_reduce", "start_sum"):
     original = getattr(type(opt.communicator), name)
-    count = lambda self, t, original=original, **k: (calls.append(t.numel()), original(self, t, **k))[1]
+    count = lambda self, t, original=original, **k: (calls.append(len(t)), original(self, t, **k))[1]
     setattr(type(opt.communicator), name, count)
 stop = preemption.StopSignal(opt)
 for step in range(100):
