@@ -135,7 +135,7 @@ class Communicator:
     def __init__(self, comm: Any = None, *, overlap: bool = False) -> None:
         self._begin(Messages(comm, self.max_message_bytes), overlap)
 
-    def _begin(self, own_messages: Messages, overlap: bool) -> None:
+    def _begin(self, own_messages: Messages, overlap: bool, *, patient: bool = False) -> None:
         self._messages = own_messages
         self.rank, self.world_size = own_messages.rank, own_messages.world_size
         if overlap and not messages.takes_threads():
@@ -151,6 +151,10 @@ class Communicator:
         # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
         self._is_patient = any(own_messages.all_gather_object(self._shares_cores))
         own_messages.patience_bytes = _PATIENCE_BYTES if self._is_patient else 0
+        if patient and overlap:
+            self._is_patient = True
+            own_messages.patience_bytes = sys.maxsize
+        own_messages.in_pieces = self.topology.num_nodes > 1
         self._small_sums = self._find_small_sums()
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
         self._ways: _NodeWays | None = None
@@ -363,10 +367,19 @@ class Communicator:
         """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
         return messages.library()
 
-    def duplicate(self, *, overlap: bool = False) -> "Communicator":
-        """Return a communicator of the same ranks with messages of its own; collective."""
+    def duplicate(self, *, overlap: bool = False, patient: bool = False) -> "Communicator":
+        """Return a communicator of the same ranks with messages of its own; collective.
+
+        Parameters
+        ----------
+        overlap : bool
+            As in the constructor.
+        patient : bool
+            Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
+            whole core. For long transfers beside a computation; only together with ``overlap``.
+        """
         made = object.__new__(Communicator)
-        made._begin(self._messages.duplicate(), overlap)
+        made._begin(self._messages.duplicate(), overlap, patient=patient)
         return made
 
     def split(
@@ -380,11 +393,8 @@ class Communicator:
             Which of the new communicators this rank belongs to, >= 0; with None it belongs to none.
         key : int
             Ranks are numbered by it, then by their old rank.
-        overlap : bool
-            As in the constructor.
-        patient : bool
-            Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
-            whole core. For long transfers beside a computation; only together with ``overlap``.
+        overlap, patient : bool
+            As in :meth:`duplicate`.
 
         Returns
         -------
@@ -395,9 +405,7 @@ class Communicator:
         if part is None:
             return None
         made = object.__new__(Communicator)
-        made._begin(part, overlap)
-        if patient and overlap:
-            part.patience_bytes = sys.maxsize
+        made._begin(part, overlap, patient=patient)
         return made
 
     def free(self) -> None:
@@ -452,8 +460,10 @@ class Communicator:
         if self.topology.num_nodes > 1:
             is_owner = self.topology.local_rank < num_owners
             counterparts = self._messages.split(self.topology.local_rank if is_owner else None, self.topology.node)
-            if counterparts is not None and self._is_patient:  # the network keeps all ranks of a node waiting
-                counterparts.patience_bytes = sys.maxsize
+            if counterparts is not None:
+                counterparts.in_pieces = True
+                if self._is_patient:  # the network keeps all ranks of a node waiting
+                    counterparts.patience_bytes = sys.maxsize
         self._ways = _NodeWays(staging, peers, counterparts, num_owners)
         return self._ways
 
@@ -565,8 +575,7 @@ class Communicator:
     def _reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
         ways = self._ways_for(source) if sums(source.dtype) else None
         if ways is None or not self.topology.is_even:
-            scaled = source if scale == 1.0 else source * scale
-            self._messages.reduce_scatter(output, scaled, counts)
+            self._messages.reduce_scatter(output, source, counts, scale)
             return _DONE
         starts = start_offsets(counts)
         if self.topology.num_nodes == 1:

@@ -153,11 +153,12 @@ class DataParallelOptimizer(Optimizer):
         if module is not None:
             settings["module"] = describe_module(module)
         check_alike(roll_call.communicator, optimizer, parameter_names(optimizer.param_groups, module), settings)
+        base = roll_call.communicator
+        on_host = all(parameter.device.type == "cpu" for parameter in self._parameters())
         if overlap == "auto":
-            on_host = all(parameter.device.type == "cpu" for parameter in self._parameters())
-            base = roll_call.communicator
             overlap = try_overlap(base).pays if on_host else has_spare_cores(base)
-        self._communicator = roll_call.communicator.duplicate(overlap=bool(overlap))
+        patient = bool(overlap) and on_host and base.topology.num_nodes > 1 and try_overlap(base).sleeps
+        self._communicator = base.duplicate(overlap=bool(overlap), patient=patient)
         self._broadcast(self._parameters())
         self._broadcast([value for entry in state.values() for value in _tensors(entry)])
         if module is not None:

@@ -4,15 +4,18 @@ Note [Trying overlap]
 ---------------------
 A thread that exchanges takes time from the computation where it finds no core of its own, and memory bandwidth
 everywhere; MPI waits by taking a whole core. What remains depends on the machine, its network and its MPI, so it is
-tried: an exchange alone, a computation of the same length alone, and both at once, in turns. Ranks agree on the
-slowest rank's times, hence all decide alike. The first optimizer on a communicator pays for it, some tenths of a
-second on a slow network, less elsewhere.
+tried: an exchange alone, a computation of the same length alone, and both at once, in turns. With several nodes both
+are tried a second time with a thread that sleeps while it waits for the network (Note [Patience] in messages.py).
+Ranks agree on the slowest rank's times, hence all decide alike. The first optimizer on a communicator pays for it,
+some tenths of a second on a slow network, less elsewhere.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,8 +44,8 @@ class Trial:
         Size of the exchange (an all-reduce).
     exchange_s, computation_s : float
         Each alone.
-    together_s : float
-        Both at once.
+    awake_s, asleep_s : float
+        Both at once, with a thread that waits as MPI does, and with one that sleeps; infinite if not tried.
     why_not : str or None
         Why nothing was tried, in which case the numbers are 0.
     """
@@ -50,7 +53,8 @@ class Trial:
     num_bytes: int = 0
     exchange_s: float = 0.0
     computation_s: float = 0.0
-    together_s: float = 0.0
+    awake_s: float = 0.0
+    asleep_s: float = math.inf
     why_not: str | None = None
 
     @property
@@ -58,19 +62,25 @@ class Trial:
         """The part of the exchange that the computation has hidden, at most 1; below 0 if it costs more."""
         if not self.exchange_s:
             return 0.0
-        return (self.exchange_s + self.computation_s - self.together_s) / self.exchange_s
+        return (self.exchange_s + self.computation_s - min(self.awake_s, self.asleep_s)) / self.exchange_s
 
     @property
     def pays(self) -> bool:
         """Whether to overlap."""
         return self.hidden >= _WORTH
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the thread had better sleep while it waits."""
+        return self.asleep_s < self.awake_s
+
     def __str__(self) -> str:
         if self.why_not is not None:
             return f"no ({self.why_not})"
         return (
             f"{'yes' if self.pays else 'no'} (of an all-reduce of {self.num_bytes / 2**20:.2g} MiB in "
-            f"{self.exchange_s * 1e3:.2g} ms, a computation hides {self.hidden:.0%})"
+            f"{self.exchange_s * 1e3:.2g} ms, a computation hides {self.hidden:.0%}"
+            f"{', which the thread waits for asleep' if self.sleeps else ''})"
         )
 
 
@@ -98,14 +108,17 @@ def _try(communicator: Communicator) -> Trial:
         return Trial(why_not="one rank exchanges nothing")
     if not messages.takes_threads():
         return Trial(why_not="this MPI was initialised without MPI_THREAD_MULTIPLE")
-    beside = communicator.duplicate(overlap=True)
+    awake = communicator.duplicate(overlap=True)
+    asleep = communicator.duplicate(overlap=True, patient=True) if communicator.topology.num_nodes > 1 else None
     try:
-        return _timed(beside)
+        return _timed(awake, asleep)
     finally:
-        beside.free()
+        awake.free()
+        if asleep is not None:
+            asleep.free()
 
 
-def _timed(communicator: Communicator) -> Trial:
+def _timed(communicator: Communicator, asleep: Communicator | None) -> Trial:
     matrix = torch.full((_WIDTH, _WIDTH), 1e-3)
     tensor = torch.zeros(_SMALLEST_BYTES // 4)
 
@@ -116,8 +129,8 @@ def _timed(communicator: Communicator) -> Trial:
         for _ in range(times):
             torch.mm(matrix, matrix)
 
-    def both(times: int) -> None:
-        work = communicator.all_reduce(tensor, async_op=True)
+    def both(beside: Communicator, times: int) -> None:
+        work = beside.all_reduce(tensor, async_op=True)
         compute(times)
         work.wait()
 
@@ -137,5 +150,10 @@ def _timed(communicator: Communicator) -> Trial:
     compute(2)
     exchange_s, ten_s = seconds(exchange, lambda: compute(10))
     times = max(1, round(10 * exchange_s / ten_s))
-    rounds = [seconds(exchange, lambda: compute(times), lambda: both(times)) for _ in range(_ROUNDS)]
+    tried = [communicator] if asleep is None else [communicator, asleep]
+    if asleep is not None:
+        asleep.all_reduce(tensor)
+    steps: list[Callable[[], object]] = [exchange, lambda: compute(times)]
+    steps += [partial(both, beside, times) for beside in tried]
+    rounds = [seconds(*steps) for _ in range(_ROUNDS)]
     return Trial(num_bytes, *(statistics.median(column) for column in zip(*rounds, strict=True)))

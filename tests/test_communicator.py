@@ -44,6 +44,7 @@ class TinyStagingArea(StagingArea):
 # Which node a rank seems to be on, or None for messages alone. With three ranks the nodes of both kinds are uneven.
 NODES = {
     "messages": None,
+    "a node each": lambda rank: rank,
     "one node": lambda rank: 0,
     "blocks": lambda rank: rank // 2,
     "round robin": lambda rank: rank % 2,
@@ -52,6 +53,8 @@ NODES = {
 WAYS = [
     ("messages", False, True),
     ("messages", True, True),
+    ("a node each", False, True),
+    ("a node each", True, True),
     ("one node", True, False),
     ("one node", False, True),
     ("blocks", False, True),
@@ -72,6 +75,9 @@ def communicator(request, any_comm, monkeypatch):
         monkeypatch.setattr(dpoptim.peer_memory, "_PIECE_BYTES", 192)
         monkeypatch.setattr(dpoptim.peer_memory, "_libc", ReadsALittle)
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))
+    if nodes != "messages":  # between nodes, in pieces of a few numbers
+        monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 8)
+        monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
     made = Communicator(any_comm, overlap=overlap)
     yield made
     made.free()
@@ -107,9 +113,7 @@ def _sum(communicator, numel, dtype):
 # collected, so that a rank that finds it does not leave the others in the next collective.
 
 
-@pytest.mark.parametrize("in_parts_bytes", [0, 1 << 19])
-def test_all_reduce(communicator, in_parts_bytes, monkeypatch):
-    monkeypatch.setattr(dpoptim.messages, "_IN_PARTS_BYTES", in_parts_bytes)
+def test_all_reduce(communicator):
     wrong = []
     for dtype in SUMMED:
         for numel in NUMELS:
