@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,12 +30,12 @@ class Division:
     number: int
     in_node: bool
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Where this rank's part begins."""
         return start_offsets(self.counts)[self.number]
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """Where this rank's part ends."""
         return self.start + self.counts[self.number]
@@ -100,9 +101,8 @@ class Bucket:
         """Whether a gradient has this bucket's dtype and device, and is dense."""
         return gradient.dtype == self.dtype and gradient.device == self.device and not gradient.is_sparse
 
-    @torch.no_grad()
     def pack(self, gradients: Sequence[Tensor | None], scale: float, *, scaled: bool = True) -> bool:
-        """Bring the gradients into ``flat``; those that are absent or do not fit count as zero.
+        """Bring the gradients into ``flat``; those that are absent or do not fit count as zero. Under ``no_grad``.
 
         Parameters
         ----------
@@ -120,7 +120,7 @@ class Bucket:
         """
         fitting = self._those_that_fit(gradients)
         if len(fitting) == 1 and fitting[0] is not None and fitting[0].is_contiguous():
-            self.flat = fitting[0].detach().view(-1)
+            self.flat = fitting[0].view(-1)
         else:
             self.flat = self._filled_buffer(fitting)
         if scaled and scale != 1.0:
@@ -128,9 +128,8 @@ class Bucket:
         self.scale = 1.0 if scaled else scale
         return all(a is b for a, b in zip(fitting, gradients, strict=True))
 
-    @torch.no_grad()
     def unpack(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy ``flat``, or this rank's part of it, back into those gradients that are there and fit."""
+        """Copy ``flat``, or this rank's part, back into those gradients that are there and fit. Under ``no_grad``."""
         if self.flat is not self._buffer:
             return
         fitting = self._those_that_fit(gradients)

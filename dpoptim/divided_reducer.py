@@ -105,7 +105,6 @@ class DividedReducer(Reducer):
         for index in set(range(len(self._parameters))).difference(self._arrived):
             self.before_adding(index)  # this backward has not come to it
 
-    @torch.no_grad()
     def _add_what_was_put_aside(self) -> None:
         for index, part in self._put_aside.items():
             gradient, piece = self._parameters[index].grad, self._own_piece(index)
@@ -204,13 +203,24 @@ class DividedReducer(Reducer):
                     continue
                 owned = next((p for p in bucket.own_pieces if p.position == position), None)
                 element = 0 if owned is None or owned.start > 0 else owned.stop
-                with torch.no_grad():
-                    gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
+                gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
                 return
 
 
 def _before_adding(reducer: DividedReducer, index: int, parameter: Tensor) -> Any:
-    return parameter.register_hook(lambda _: reducer.before_adding(index))
+    return parameter.register_hook(_BeforeAdding(reducer, index, parameter))
+
+
+class _BeforeAdding:
+    """Tells a reducer that autograd is about to add to a gradient; nothing if there is none, as is usual."""
+
+    def __init__(self, reducer: DividedReducer, index: int, parameter: Tensor) -> None:
+        self._before_adding = reducer.before_adding
+        self._index, self._parameter = index, parameter
+
+    def __call__(self, _: Tensor) -> None:
+        if self._parameter.grad is not None:
+            self._before_adding(self._index)
 
 
 def _are_finite(parts: Sequence[Tensor]) -> bool:

@@ -258,7 +258,8 @@ class Reducer:
             bucket = self._buckets[len(self._launched)]
             if bucket.num_pending:
                 break
-            self._launch(bucket)
+            with torch.no_grad():
+                self._launch(bucket)
 
     def _on_backward_end(self) -> None:
         nested = _current_autograd_node() is not None
@@ -267,6 +268,7 @@ class Reducer:
 
     # ---------------------------------------------------------------- the reduction
 
+    @torch.no_grad()
     def _reduce(self) -> None:
         """Make every gradient the weighted mean over ranks; collective."""
         try:
