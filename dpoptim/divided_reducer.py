@@ -182,13 +182,17 @@ class DividedReducer(Reducer):
         num_reduced = len(self._launched)
         for bucket in self._buckets[num_reduced:]:
             self._launch(bucket)
-        for bucket, work in self._launched[num_reduced:]:
-            work.wait()
+        woken = [bucket for bucket, _ in self._launched[num_reduced:]]
+        works = [work for _, work in self._launched[num_reduced:]]
+
+        def are_not_finite() -> list[float]:
+            return [not _are_finite([bucket.own for bucket in woken])]
+
+        (num_not_finite,) = self.communicator.finish(works, are_not_finite)
+        for bucket in woken:
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()
-        are_finite = _are_finite([bucket.own for bucket, _ in self._launched[num_reduced:]])
-        self._is_finite = self._is_finite and are_finite
-        (num_not_finite,) = self.communicator.start_sum([not are_finite]).wait()
+        self._is_finite = self._is_finite and _are_finite([bucket.own for bucket in woken])
         return num_not_finite
 
     def _spoil(self) -> None:

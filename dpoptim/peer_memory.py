@@ -17,15 +17,16 @@ Note [Batches]
 --------------
 A collective is noted first, and done with all others that were noted when the first one is waited for: all ranks
 write down where their tensors are, meet, read, and meet again before anybody writes to them. So one meeting serves
-all buckets of a step.
+all buckets of a step. The last one is left out where ranks are about to meet anyway (:meth:`PeerMemory.left_open`).
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
 import platform
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ __all__ = ["PeerMemory"]
 _PIECE_BYTES = 1 << 20
 # The kernel takes at most 1024 spans a call.
 _MAX_NOTED = 512
+_CLOSED = object()
 _SECRET_BYTES = 16
 
 # From where in another process to where in this one, and how many bytes.
@@ -112,6 +114,8 @@ class PeerMemory:
         start = self._memory.data_ptr()
         self._rows = [_Row.from_address(start + num_bytes * rank) for rank in range(self._size)]
         self._noted: list[_Noted] = []
+        self._leaves_open = False
+        self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
         self._first, self._further = (torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(2))
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
@@ -167,17 +171,47 @@ class PeerMemory:
             batch, self._noted = self._noted, []
             self._do(batch)
 
+    @contextlib.contextmanager
+    def left_open(self) -> Iterator[None]:
+        """Do without the last meeting of a batch within, since all ranks of the node meet there by other means.
+
+        Until then what was noted belongs to this object, but for this rank's sums and what it has gathered, which may
+        be read.
+
+        Raises
+        ------
+        RuntimeError
+            At the end, on every rank, if one could not read.
+        """
+        self._leaves_open = True
+        try:
+            yield
+        finally:
+            self._leaves_open = False
+        self._close()
+
     @torch.no_grad()
     def _do(self, batch: Sequence[_Noted]) -> None:
+        if self._error is not _CLOSED:  # others may still read what the last batch has told them
+            self._meet()
+            self._close()
         summed = [noted for noted in batch if noted.output is not None]
         gathered = [noted for noted in batch if noted.gathers]
         self._exchange_places(batch)
         error = self._attempt(self._sum, summed)
         if summed and gathered:
             self._meet()
-        error = self._attempt(self._gather, gathered) or error
-        self._rows[self._rank].failed = error is not None
-        self._meet()
+        self._error = self._attempt(self._gather, gathered) or error
+        self._rows[self._rank].failed = self._error is not None
+        if not self._leaves_open:
+            self._meet()
+            self._close()
+
+    def _close(self) -> None:
+        """End a batch after which all ranks have met."""
+        if self._error is _CLOSED:
+            return
+        error, self._error = self._error, _CLOSED
         failed = next((rank for rank, row in enumerate(self._rows) if row.failed), None)
         if failed is not None:
             text = f"rank {failed} of the node could not read another's memory" + (f": {error}" if error else "")

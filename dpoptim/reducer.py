@@ -276,16 +276,15 @@ class Reducer:
                 self._begin()
             for bucket in self._buckets[len(self._launched) :]:
                 self._launch(bucket)
-            for _, work in self._launched:
-                work.wait()
             self._take_over()
         finally:
             self._end()
 
     def _take_over(self) -> None:
-        """Turn reduced buckets into gradients, after asking all ranks whether anything has changed."""
+        """Turn buckets into gradients when they are reduced, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
-        flags = self.communicator.start_sum(self._flags(had_gradient)).wait()
+        works = [work for _, work in self._launched]
+        flags = self.communicator.finish(works, lambda: self._flags(had_gradient))
         reports = self._exchange_reports(had_gradient) if flags[0] else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:

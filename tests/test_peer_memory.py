@@ -127,3 +127,32 @@ def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch
     assert len(messages) == 1
     assert re.search(reason, messages[0])
     assert reading.startswith("no (rank 0 of the node: ")
+
+
+def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch):
+    meetings = []
+
+    def meet():
+        meetings.append(None)
+        node.barrier()
+
+    peers = PeerMemory(node, meet)
+    tensors = [_own(node.rank, number) for number in range(3)]
+    with peers.left_open():
+        for tensor in tensors[:2]:
+            peers.all_reduce(tensor, node.rank + 1.0)
+            peers.wait()
+        node.barrier()
+    num_open = len(meetings)
+    peers.all_reduce(tensors[2], node.rank + 1.0)
+    peers.wait()
+    if node.rank == 0:
+        monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _fail)
+    failing = torch.ones(1000)
+    with pytest.raises(RuntimeError, match="rank 0 of the node could not read"), peers.left_open():
+        peers.all_reduce(failing)
+        peers.wait()
+        node.barrier()
+    assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
+    assert num_open == 5, "three for the first, which the second ends, and two for the second"
+    assert len(meetings) == 5 + 3 + 2
