@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
 from dpoptim.messages import Messages, Pending, PendingSum
 from dpoptim.partition import even_counts, start_offsets
-from dpoptim.peer_memory import PeerMemory
+from dpoptim.peer_memory import MAX_NOTED, PeerMemory
 from dpoptim.shared_memory import SharedMemory, meeting, sums
 from dpoptim.sleeping_barrier import SleepingBarrier
 from dpoptim.small_sums import SmallSum, SmallSums
@@ -279,6 +279,36 @@ class Communicator:
             return self._small_sums.start(numbers)
         return self._messages.start_sum(numbers)
 
+    def defers(self, count: int, dtypes: Iterable[torch.dtype]) -> bool:
+        """Whether that many sums of CPU tensors with ``async_op=True`` do nothing before the first is waited for.
+
+        Then a meeting of all ranks can serve them (:meth:`announced`). Not before the node's memory was first used.
+        """
+        peers = self._deferring_peers()
+        return peers is not None and 0 < count < MAX_NOTED and all(sums(dtype.to_real()) for dtype in dtypes)
+
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Meet all ranks within, by a roll call: what was deferred needs no such meeting of its own; collective.
+
+        All that was started with ``async_op=True`` was deferred (:meth:`defers`), was more than empty tensors, and is
+        waited for before more is started. If the meeting fails, as it does on all ranks alike, it never begins.
+        """
+        peers = self._deferring_peers()
+        assert peers is not None
+        with peers.announced():
+            yield
+
+    def divide_deferred(self, divisor: float) -> None:
+        """Divide the scales of all sums that are deferred, by the same on all ranks; local."""
+        peers = self._deferring_peers()
+        assert peers is not None
+        peers.divide(divisor)
+
+    def _deferring_peers(self) -> PeerMemory | None:
+        is_one_node = self._thread is None and self.topology.num_nodes == 1
+        return self._ways.peers if is_one_node and self._ways is not None else None
+
     def finish(self, works: Iterable[Work], numbers: Callable[[], Sequence[float]]) -> list[float]:
         """Wait for works, then sum a few numbers over all ranks, in float64; collective, blocks.
 
@@ -292,8 +322,9 @@ class Communicator:
             Returns what to sum; called when the works are done, in place of which it must not write.
         """
         with contextlib.ExitStack() as stack:
-            if self._thread is None and self._ways is not None and self._ways.peers and self.topology.num_nodes == 1:
-                stack.enter_context(self._ways.peers.left_open())
+            peers = self._deferring_peers()
+            if peers is not None:
+                stack.enter_context(peers.left_open())
             for work in works:
                 work.wait()
             return self.start_sum(numbers()).wait()

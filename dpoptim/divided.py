@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
-from dpoptim.communicator import Communicator
+from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.node_shared import NodeShared
 from dpoptim.preconditions import needs_closure
-from dpoptim.sharded_step import ShardedStep, State, is_elementwise
+from dpoptim.sharded_step import Part, ShardedStep, State, is_elementwise
 from dpoptim.sharding import Sharding
 from dpoptim.utils.state_dict import Form, Slices, is_slice
 
@@ -113,6 +113,7 @@ class Divided:
 
     # ---------------------------------------------------------------- the step
 
+    @torch.no_grad()
     def step(self, buckets: Sequence[Bucket], meet: Callable[[str], object]) -> None:
         """Step and exchange (Note [A divided step]); collective.
 
@@ -135,10 +136,21 @@ class Divided:
         if self._memory is not None:
             self._check_all(failure)
             return
-        meet("a step" if failure is None else f"a step that failed: {_described(failure)}")
         if failure is not None:
+            meet(f"a step that failed: {_described(failure)}")
             raise failure
-        self._exchange(buckets)
+        parts = self._step.parts(buckets)
+        on_host = all(part.bucket.device.type == "cpu" and part.bucket.numel for part in parts)
+        if on_host and self._communicator.defers(len(parts), ()):
+            works = self._start_exchange(parts)
+            with self._communicator.announced():
+                meet("a step")
+        else:
+            meet("a step")
+            works = self._start_exchange(parts)
+        for part, work in zip(parts, works, strict=True):
+            work.wait()
+            part.gathered()
 
     def _check_all(self, failure: Exception | None) -> None:
         """Wait until all ranks have stepped, and raise on all if one has failed; collective."""
@@ -151,17 +163,13 @@ class Divided:
         rank, text = next((rank, text) for rank, text in enumerate(failures) if text is not None)
         raise raised_on_all_ranks(RuntimeError(f"rank {rank} had a step that failed: {text}"))
 
-    @torch.no_grad()
-    def _exchange(self, buckets: Sequence[Bucket]) -> None:
-        parts = self._step.parts(buckets)
+    def _start_exchange(self, parts: Sequence[Part]) -> list[Work]:
         works = []
         for part in parts:
             flat, division = part.to_gather(), part.division
             own = flat[division.start : division.stop]
             works.append(self._communicator.all_gather(flat, own, counts=division.counts, async_op=True))
-        for part, work in zip(parts, works, strict=True):
-            work.wait()
-            part.gathered()
+        return works
 
     # ---------------------------------------------------------------- gradients
 

@@ -100,8 +100,7 @@ class DividedReducer(Reducer):
             setattr(self._parameters[index].grad, _MARK, _PUT_ASIDE)
         super().on_gradient(index)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _prepare(self) -> None:
         for index in set(range(len(self._parameters))).difference(self._arrived):
             self.before_adding(index)  # this backward has not come to it
 
@@ -181,7 +180,7 @@ class DividedReducer(Reducer):
         """
         num_reduced = len(self._launched)
         for bucket in self._buckets[num_reduced:]:
-            self._launch(bucket)
+            self._launch(bucket, self._scale)
         woken = [bucket for bucket, _ in self._launched[num_reduced:]]
         works = [work for _, work in self._launched[num_reduced:]]
 

@@ -17,7 +17,8 @@ Note [Batches]
 --------------
 A collective is noted first, and done with all others that were noted when the first one is waited for: all ranks
 write down where their tensors are, meet, read, and meet again before anybody writes to them. So one meeting serves
-all buckets of a step. The last one is left out where ranks are about to meet anyway (:meth:`PeerMemory.left_open`).
+all buckets of a step. The first and the last are left out where ranks are about to meet anyway
+(:meth:`PeerMemory.announced`, :meth:`PeerMemory.left_open`).
 """
 
 import contextlib
@@ -36,12 +37,12 @@ from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 
-__all__ = ["PeerMemory"]
+__all__ = ["MAX_NOTED", "PeerMemory"]
 
 # What is summed at once: two such pieces, what was read and the sum, stay in a cache; system calls hardly count.
 _PIECE_BYTES = 1 << 20
 # The kernel takes at most 1024 spans a call.
-_MAX_NOTED = 512
+MAX_NOTED = 512
 _CLOSED = object()
 _SECRET_BYTES = 16
 
@@ -57,8 +58,8 @@ class _Row(ctypes.Structure):
     """What a rank tells the others of a batch, in memory that they share."""
 
     _fields_ = (
-        ("places", ctypes.c_int64 * _MAX_NOTED),
-        ("scales", ctypes.c_double * _MAX_NOTED),
+        ("places", ctypes.c_int64 * MAX_NOTED),
+        ("scales", ctypes.c_double * MAX_NOTED),
         ("failed", ctypes.c_int64),
         ("_padding", ctypes.c_int64 * 7),
     )
@@ -74,6 +75,7 @@ class _Noted:
     output: Tensor | None  # where this rank's sum goes, if there is one
     scale: float
     gathers: bool
+    divisor: float = 1.0
     places: Sequence[int] = ()
     scales: Sequence[float] = ()
 
@@ -114,6 +116,7 @@ class PeerMemory:
         start = self._memory.data_ptr()
         self._rows = [_Row.from_address(start + num_bytes * rank) for rank in range(self._size)]
         self._noted: list[_Noted] = []
+        self._is_announced = False
         self._leaves_open = False
         self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
         self._first, self._further = (torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(2))
@@ -154,8 +157,13 @@ class PeerMemory:
         if not any(noted.counts):
             return
         self._noted.append(noted)
-        if len(self._noted) == _MAX_NOTED:
+        if len(self._noted) == MAX_NOTED:
             self.wait()
+
+    def divide(self, divisor: float) -> None:
+        """Divide the scales of all that was noted, on all ranks by the same."""
+        for noted in self._noted:
+            noted.divisor = divisor
 
     # ---------------------------------------------------------------- how
 
@@ -167,9 +175,29 @@ class PeerMemory:
         RuntimeError
             On every rank, if one could not read.
         """
-        if self._noted:
-            batch, self._noted = self._noted, []
-            self._do(batch)
+        if not self._noted:
+            return
+        if not self._is_announced:
+            self._announce()
+            self._meet()
+        self._is_announced = False
+        batch, self._noted = self._noted, []
+        self._do(batch)
+
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Do without the first meeting of a batch, since all ranks of the node meet within by other means.
+
+        At least one and less than ``MAX_NOTED`` collectives are noted, and no more are before :meth:`wait`. If the
+        meeting fails, as it does on all ranks alike, nothing is noted any more.
+        """
+        self._announce()
+        try:
+            yield
+        except BaseException:
+            self._noted.clear()
+            raise
+        self._is_announced = True
 
     @contextlib.contextmanager
     def left_open(self) -> Iterator[None]:
@@ -192,12 +220,9 @@ class PeerMemory:
 
     @torch.no_grad()
     def _do(self, batch: Sequence[_Noted]) -> None:
-        if self._error is not _CLOSED:  # others may still read what the last batch has told them
-            self._meet()
-            self._close()
         summed = [noted for noted in batch if noted.output is not None]
         gathered = [noted for noted in batch if noted.gathers]
-        self._exchange_places(batch)
+        self._learn_places(batch)
         error = self._attempt(self._sum, summed)
         if summed and gathered:
             self._meet()
@@ -224,16 +249,23 @@ class PeerMemory:
             return error
         return None
 
-    def _exchange_places(self, batch: Sequence[_Noted]) -> None:
-        number = len(batch)
+    def _announce(self) -> None:
+        """Write down where this rank's tensors are."""
+        if self._error is not _CLOSED:  # others may still read what the last batch has told them
+            self._meet()
+            self._close()
+        number = len(self._noted)
         own = self._rows[self._rank]
-        own.places[:number] = [noted.tensor.data_ptr() for noted in batch]
-        own.scales[:number] = [noted.scale for noted in batch]
-        self._meet()
+        own.places[:number] = [noted.tensor.data_ptr() for noted in self._noted]
+        own.scales[:number] = [noted.scale for noted in self._noted]
+
+    def _learn_places(self, batch: Sequence[_Noted]) -> None:
+        """Read where the tensors of all ranks are."""
+        number = len(batch)
         all_places = zip(*[row.places[:number] for row in self._rows], strict=True)
         all_scales = zip(*[row.scales[:number] for row in self._rows], strict=True)
         for noted, places, scales in zip(batch, all_places, all_scales, strict=True):
-            noted.places, noted.scales = places, scales
+            noted.places, noted.scales = places, [scale / noted.divisor for scale in scales]
 
     def _sum(self, batch: Sequence[_Noted]) -> None:
         """Sum this rank's parts over all ranks, piece by piece (Note [Order of sums] in shared_memory.py)."""

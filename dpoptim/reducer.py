@@ -244,6 +244,7 @@ class Reducer:
 
     def _launch_full_bucket(self, index: int) -> None:
         if self._scale is None:
+            self._prepare()
             self._begin()
         if index not in self._place:
             return
@@ -259,7 +260,7 @@ class Reducer:
             if bucket.num_pending:
                 break
             with torch.no_grad():
-                self._launch(bucket)
+                self._launch(bucket, self._scale)
 
     def _on_backward_end(self) -> None:
         nested = _current_autograd_node() is not None
@@ -272,10 +273,17 @@ class Reducer:
     def _reduce(self) -> None:
         """Make every gradient the weighted mean over ranks; collective."""
         try:
-            if self._scale is None:
+            if self._scale is None and self._can_announce():
+                self._prepare()
+                for bucket in self._buckets:
+                    self._launch(bucket, self.batch_weight)
+                with self.communicator.announced():
+                    self.communicator.divide_deferred(self._begin())
+            elif self._scale is None:
+                self._prepare()
                 self._begin()
             for bucket in self._buckets[len(self._launched) :]:
-                self._launch(bucket)
+                self._launch(bucket, self._scale)
             self._take_over()
         finally:
             self._end()
@@ -307,14 +315,29 @@ class Reducer:
         if reports is not None:
             self._replan(reports)
 
-    def _begin(self) -> None:
-        total_weight = self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
-        self._scale = self.batch_weight / (total_weight * self.accumulate)
+    def _can_announce(self) -> bool:
+        """Whether the roll call can serve as the meeting at which the ranks of a node tell where gradients are."""
+        buckets = self._buckets
+        return (
+            getattr(self._comm_hook, "scales", False)
+            and all(bucket.device.type == "cpu" and bucket.numel for bucket in buckets)
+            and self.communicator.defers(len(buckets), {bucket.dtype for bucket in buckets})
+        )
 
-    def _launch(self, bucket: Bucket) -> None:
-        assert self._scale is not None
+    def _prepare(self) -> None:
+        """Make gradients ready that this backward has not come to; local."""
+
+    def _begin(self) -> float:
+        """Meet all ranks, and return what weights are divided by; collective."""
+        total_weight = self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
+        divisor = total_weight * self.accumulate
+        self._scale = self.batch_weight / divisor
+        return divisor
+
+    def _launch(self, bucket: Bucket, scale: float | None) -> None:
+        assert scale is not None
         scaled = not getattr(self._comm_hook, "scales", False) or not self.communicator.scales_for_free
-        if not bucket.pack(self._gradients(bucket), self._scale, scaled=scaled):
+        if not bucket.pack(self._gradients(bucket), scale, scaled=scaled):
             self._misfit = True
         self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
 

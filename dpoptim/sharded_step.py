@@ -29,7 +29,7 @@ from dpoptim.bucket import Bucket
 from dpoptim.flat_step import FlatStep
 from dpoptim.partition import Piece
 
-__all__ = ["NUMBERS", "ShardedStep", "State", "is_elementwise"]
+__all__ = ["NUMBERS", "Part", "ShardedStep", "State", "is_elementwise"]
 
 # What optimizers count for a parameter as a whole, rather than for its elements.
 NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
@@ -78,7 +78,7 @@ class ShardedStep:
     def __init__(self, optimizer: Optimizer, *, by_element: bool) -> None:
         self._optimizer = optimizer
         self._by_element = by_element
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._inner: Optimizer = object.__new__(type(optimizer))
         self._inner.__dict__.update(optimizer.__dict__)
         self._inner.state = defaultdict(dict)
@@ -99,7 +99,7 @@ class ShardedStep:
         home : Tensor, optional
             The flat memory in which they all lie for good, if they do.
         """
-        self._parts.append(_Part(bucket, parameters, group, home, by_element=self._by_element))
+        self._parts.append(Part(bucket, parameters, group, home, by_element=self._by_element))
 
     # ---------------------------------------------------------------- the step
 
@@ -121,7 +121,7 @@ class ShardedStep:
             for tensor in stepped:
                 tensor.grad = None
 
-    def parts(self, buckets: Sequence[Bucket]) -> "list[_Part]":
+    def parts(self, buckets: Sequence[Bucket]) -> "list[Part]":
         """Return what stands for the parameters of these buckets when owners exchange them."""
         wanted = {id(bucket) for bucket in buckets}
         return [part for part in self._parts if id(part.bucket) in wanted]
@@ -161,7 +161,7 @@ class ShardedStep:
             else:
                 groups.append({**options, "params": []})
 
-    def _units_with_gradient(self, part: "_Part") -> list["_Unit"]:
+    def _units_with_gradient(self, part: "Part") -> list["_Unit"]:
         """Return the units to step, with their gradients; cut those of which only some parameters have one."""
         has_gradient = [parameter.grad is not None for parameter in part.parameters]
         if not any(has_gradient):
@@ -253,7 +253,7 @@ class _Unit:
         self.start = self.pieces[0].offset
 
 
-class _Part:
+class Part:
     """A bucket's parameters, and what of them this rank steps (Note [Where units lie])."""
 
     def __init__(

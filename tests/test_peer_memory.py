@@ -67,7 +67,7 @@ def test_a_factor_that_all_have_is_that_of_the_sum(node):
 
 
 def test_more_than_a_batch_holds(node, monkeypatch):
-    monkeypatch.setattr(dpoptim.peer_memory, "_MAX_NOTED", 3)
+    monkeypatch.setattr(dpoptim.peer_memory, "MAX_NOTED", 3)
     peers = PeerMemory(node, node.barrier)
     tensors = [_own(node.rank, number) for number in range(7)]
     for tensor in tensors:
@@ -148,11 +148,49 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
     peers.wait()
     if node.rank == 0:
         monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _fail)
-    failing = torch.ones(1000)
-    with pytest.raises(RuntimeError, match="rank 0 of the node could not read"), peers.left_open():
-        peers.all_reduce(failing)
-        peers.wait()
-        node.barrier()
+
+    def fail():
+        with peers.left_open():
+            peers.all_reduce(torch.ones(1000))
+            peers.wait()
+            node.barrier()
+
+    with pytest.raises(RuntimeError, match="rank 0 of the node could not read"):
+        fail()
     assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
     assert num_open == 5, "three for the first, which the second ends, and two for the second"
     assert len(meetings) == 5 + 3 + 2
+
+
+def test_an_announced_batch_begins_with_a_meeting_of_another_kind(node):
+    meetings = []
+
+    def meet():
+        meetings.append(None)
+        node.barrier()
+
+    peers = PeerMemory(node, meet)
+    tensor = _own(node.rank, 0)
+    peers.all_reduce(tensor, node.rank + 1.0)
+    with peers.announced():
+        peers.divide(4.0)
+        node.barrier()
+    peers.wait()
+    num_meetings = len(meetings)
+    given_up, again = _own(node.rank, 1), _own(node.rank, 2)
+    peers.all_reduce(given_up)
+
+    def fail():
+        with peers.announced():
+            raise LookupError("a rank is elsewhere")
+
+    with pytest.raises(LookupError):
+        fail()
+    peers.wait()  # nothing is left
+    peers.all_reduce(again, node.rank + 1.0)
+    peers.wait()
+    assert torch.equal(tensor, _total(node.world_size, 0) / 4)
+    assert torch.equal(given_up, _own(node.rank, 1))
+    assert torch.equal(again, _total(node.world_size, 2))
+    assert num_meetings == 2
+    assert len(meetings) == 2 + 3
