@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import dpoptim.torch_optim as optimizers
-from dpoptim.communicator import Communicator, available_cores
+from dpoptim.communicator import Communicator
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.overlap import try_overlap
 from dpoptim.partition import even_counts
+from dpoptim.topology import available_cores
 from dpoptim.version import __version__
 
 __all__ = ["bench"]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import dpoptim.torch_optim as optimizers
-from dpoptim.communicator import Communicator, available_cores
+from dpoptim.communicator import Communicator
 from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.topology import available_cores
 from dpoptim.utils.consistency import digest
 from dpoptim.version import __version__
 

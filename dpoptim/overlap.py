@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dpoptim import messages
-from dpoptim.communicator import Communicator, available_cores
+from dpoptim.communicator import Communicator
+from dpoptim.topology import available_cores
 
 __all__ = ["Trial", "has_spare_cores", "try_overlap"]
 

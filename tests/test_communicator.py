@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import dpoptim.communicator
+import dpoptim.exchange
 import dpoptim.messages
 import dpoptim.peer_memory
 from dpoptim.communicator import Communicator
@@ -68,10 +68,10 @@ def communicator(request, any_comm, monkeypatch):
     if not reading:
         monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _refuse)
     if nodes == "blocks":  # whose ranks share a core, and so wait asleep
-        monkeypatch.setattr(dpoptim.communicator, "available_cores", lambda: {0})
+        monkeypatch.setattr(dpoptim.exchange, "available_cores", lambda: {0})
     if NODES[nodes] is not None:
-        monkeypatch.setattr(dpoptim.communicator, "_SHARED_MEMORY_BYTES", 0)
-        monkeypatch.setattr(dpoptim.communicator, "StagingArea", TinyStagingArea)
+        monkeypatch.setattr(dpoptim.exchange, "_SHARED_MEMORY_BYTES", 0)
+        monkeypatch.setattr(dpoptim.exchange, "StagingArea", TinyStagingArea)
         monkeypatch.setattr(dpoptim.peer_memory, "_PIECE_BYTES", 192)
         monkeypatch.setattr(dpoptim.peer_memory, "_libc", ReadsALittle)
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-import dpoptim.communicator
+import dpoptim.exchange
 from dpoptim.communicator import Communicator
 from dpoptim.sleeping_barrier import SleepingBarrier
 
@@ -17,9 +17,9 @@ def communicator(request, world, monkeypatch):
     if shares and (world.size == 1 or not SleepingBarrier.is_here()):
         pytest.skip("one rank shares a core with nobody, or there is no futex on this system")
     cores = {0} if shares else set(range(world.size))
-    monkeypatch.setattr(dpoptim.communicator, "available_cores", lambda: cores)
+    monkeypatch.setattr(dpoptim.exchange, "available_cores", lambda: cores)
     made = Communicator(world)
-    assert (made._small_sums is not None) == shares
+    assert (made._exchange._small_sums is not None) == shares
     yield made
     made.free()
 
@@ -52,12 +52,12 @@ def test_a_sum_is_tested_without_waiting(communicator):
 
 
 PROGRAM = """
-import sys, torch, dpoptim.communicator
+import sys, torch, dpoptim.exchange
 from mpi4py import MPI
-dpoptim.communicator.available_cores = lambda: {0}
+dpoptim.exchange.available_cores = lambda: {0}
 from dpoptim.communicator import Communicator
 communicator = Communicator()
-assert communicator._small_sums is not None
+assert communicator._exchange._small_sums is not None
 assert communicator.node_memory() == "yes"
 rank, size = communicator.rank, communicator.world_size
 sent, received = torch.full((1 << 22,), float(rank)), torch.empty(1 << 22)
