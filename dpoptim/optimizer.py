@@ -72,7 +72,7 @@ class DataParallelOptimizer(Optimizer):
         The model. Its buffers and its frozen parameters are broadcast too, its names appear in error messages, and
         :meth:`average_buffers` becomes available.
     bucket_mb : float
-        Small gradients are sent together, at most so many MiB at once.
+        Small gradients are sent together, at most so many MiB at once; at most half a MiB beside backward.
     overlap : "auto" or bool
         Whether gradients are sent by a thread of their own while backward goes on (needs MPI_THREAD_MULTIPLE and a
         core to spare), or when backward ends. ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
