@@ -30,6 +30,7 @@ _HELD_OUT = [(1, 4, None), (2, 1, "600mbit"), (2, 2, "300mbit"), (3, 1, "1gbit")
 _HELD_OUT_MODEL = "transformer"
 
 _ALONE_BYTES = 1 << 19  # as in dpoptim/reducer.py: a gradient of so many bytes travels alone
+_IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15  # as in dpoptim/messages.py: what goes in pieces between nodes
 _LOCAL_STEPS = 16
 # Assumed, not measured: what a message between real hosts takes; and that a fast network reads memory by itself.
 _ETHERNET = {"message_s": 3e-5}
@@ -112,8 +113,9 @@ def amounts(mode: str, place: Place, work: Workload) -> list[float]:
         in_node = (1 - 1 / ranks) * size * (1 if mode == "node-shared" else 2)
     on_link = 2 * size * (nodes - 1) / nodes
     owners = {"replicated": 1, "sharded": num_ranks, "node-shared": ranks}[mode]
-    # A reduce-scatter and an all-gather of large tensors take n - 1 messages each, an all-reduce 2 log2 n.
-    in_a_row = 2 * (nodes - 1) if mode == "sharded" else 2 * math.ceil(math.log2(nodes))
+    # A reduce-scatter and an all-gather of large tensors take n - 1 messages each, an all-reduce in one 2 log2 n.
+    in_pieces = size / work.calls / ranks >= max(_IN_PIECES_BYTES, _SHARE_BYTES * nodes)
+    in_a_row = 2 * (nodes - 1) if in_pieces or mode == "sharded" else 2 * math.ceil(math.log2(nodes))
     halves = 1 if mode == "node-shared" else 2
     meetings = {"replicated": 2, "sharded": 3, "node-shared": 4}[mode]
     return [

@@ -184,12 +184,13 @@ def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[
     memory = communicator.node_memory()
     reading = communicator.peer_memory()
     large = "read from each other's memory" if reading == "yes" else f"through a staging area: {_reason(reading)}"
-    exchange = f"large tensors {large}; small ones by messages"
+    shares = any(num_cores < len(node) for num_cores, node in zip(cores, topology.nodes, strict=True))
+    small = "through memory that they share" if shares and topology.num_nodes == 1 else "by messages"
+    exchange = f"large tensors {large}; small ones {small}"
     if memory != "yes":
         exchange = f"by messages, not through shared memory: {_reason(memory)}"
     elif topology.num_nodes > 1:
-        exchange += "; with other nodes by messages, all ranks of a node at once"
-    shares = any(num_cores < len(node) for num_cores, node in zip(cores, topology.nodes, strict=True))
+        exchange += "; with other nodes by messages, all ranks of a node at once, several pieces in flight"
     step = optimizers.implementation(optimizers.AdamW([nn.Parameter(torch.zeros(1))], lr=0.1))
     modes = {name: ms for name, ms in times.items() if not name.startswith("local") and isinstance(ms, float)}
     return {

@@ -17,8 +17,9 @@ Note [Pieces in flight]
 A blocking all-reduce of one large message leaves the network idle while it sums, and while a computation beside it
 has the core. Between nodes large tensors therefore go in pieces, several in flight at a time, each by a reduce-scatter
 and an all-gather. With MPICH 5.0, 42 MB over 1 Gbit/s take 353 ms instead of 364 on 2 hosts, 354 instead of 373 beside
-a computation, 0.4 of the time on 3 hosts and 0.6 on 4, near what the link allows. On one node, and for device memory,
-whose sums Open MPI has in blocking form only, a tensor is one message.
+a computation, 0.4 of the time on 3 hosts and 0.6 on 4, near what the link allows. With many nodes pieces grow, since
+each rank's share of one is a message. On one node, and for device memory, whose sums Open MPI has in blocking form
+only, a tensor is one message.
 
 Note [Patience]
 ---------------
@@ -65,8 +66,9 @@ _MPI_SUM_TYPES = {
     torch.uint16: "UINT16_T",
     torch.uint8: "UINT8_T",
 }
-# Smaller messages are faster whole.
+# Smaller tensors are faster whole, and those of which a rank's share is less than this: there latency counts.
 _IN_PIECES_BYTES = 1 << 19
+_SHARE_BYTES = 1 << 15
 # From half a MiB on MPICH's reduce-scatter sends no byte more than is needed for any number of ranks.
 _PIECE_BYTES = 3 << 18
 _NUM_IN_FLIGHT = 6
@@ -187,7 +189,7 @@ class Messages:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
         if self._goes_in_pieces(tensor):
-            pieces = torch.split(tensor, max(1, _PIECE_BYTES // tensor.element_size()))
+            pieces = torch.split(tensor, self._piece_numel(tensor))
             self._keep_in_flight(self._all_reduce_piece(piece) for piece in pieces)
         elif tensor.dtype in SUMMED_IN_FLOAT32:
             self._all_reduce_in_float32(tensor)
@@ -244,7 +246,11 @@ class Messages:
     # ---------------------------------------------------------------- how
 
     def _goes_in_pieces(self, tensor: Tensor) -> bool:
-        return self.in_pieces and tensor.is_cpu and tensor.nbytes >= _IN_PIECES_BYTES
+        least_bytes = max(_IN_PIECES_BYTES, _SHARE_BYTES * self.world_size)
+        return self.in_pieces and tensor.is_cpu and tensor.nbytes >= least_bytes
+
+    def _piece_numel(self, tensor: Tensor) -> int:
+        return max(1, max(_PIECE_BYTES, _SHARE_BYTES * self.world_size) // tensor.element_size())
 
     def _keep_in_flight(self, works: Iterable[Iterator[Pending]]) -> None:
         """Advance works, each a series of collectives, some of them at a time; all ranks in the same order."""
@@ -304,7 +310,7 @@ class Messages:
 
     def _shares(self, whole: Tensor, counts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Return where in every rank's part each piece begins, and how much it has of it."""
-        window = max(1, _PIECE_BYTES // (whole.element_size() * self.world_size))
+        window = max(1, self._piece_numel(whole) // self.world_size)
         for first in range(0, max(counts), window):
             firsts = [min(first, count) for count in counts]
             yield firsts, [min(window, count - start) for count, start in zip(counts, firsts, strict=True)]

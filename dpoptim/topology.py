@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["Topology", "available_cores"]
 
@@ -34,7 +35,7 @@ class Topology:
         """How many nodes there are."""
         return len(self.nodes)
 
-    @property
+    @cached_property
     def is_even(self) -> bool:
         """Whether every node has the same number of ranks."""
         return len({len(node) for node in self.nodes}) == 1

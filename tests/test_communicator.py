@@ -78,6 +78,7 @@ def communicator(request, any_comm, monkeypatch):
     if nodes != "messages":  # between nodes, in pieces of a few numbers
         monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 8)
         monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
+        monkeypatch.setattr(dpoptim.messages, "_SHARE_BYTES", 1)
     made = Communicator(any_comm, overlap=overlap)
     yield made
     made.free()
