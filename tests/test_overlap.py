@@ -1,0 +1,59 @@
+"""Whether overlap pays: what follows from the times, and that all ranks decide alike."""
+
+import math
+
+import pytest
+import torch
+
+import dpoptim
+from dpoptim import messages
+from dpoptim.communicator import Communicator
+from dpoptim.messages import Messages
+from dpoptim.overlap import Trial, try_overlap
+
+
+@pytest.mark.parametrize(
+    ("awake_s", "asleep_s", "hidden", "pays", "sleeps"),
+    [
+        (0.02, math.inf, 0.0, False, False),
+        (0.012, math.inf, 0.8, True, False),
+        (0.012, 0.015, 0.8, True, False),
+        (0.025, 0.011, 0.9, True, True),
+        (0.03, 0.025, -0.5, False, True),
+    ],
+)
+def test_the_better_way_to_wait_decides(awake_s, asleep_s, hidden, pays, sleeps):
+    trial = Trial(1 << 20, 0.01, 0.01, awake_s, asleep_s)
+    assert trial.hidden == pytest.approx(hidden)
+    assert (trial.pays, trial.sleeps) == (pays, sleeps)
+    assert str(trial).startswith("yes" if pays else "no")
+    assert ("asleep" in str(trial)) == sleeps
+
+
+def test_nothing_tried_is_no():
+    trial = Trial(why_not="one rank exchanges nothing")
+    assert not trial.pays
+    assert not trial.sleeps
+    assert str(trial) == "no (one rank exchanges nothing)"
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("nodes", ["one node", "a node each"])
+def test_ranks_decide_alike(world, monkeypatch, nodes):
+    if world.size == 1 or not messages.takes_threads():
+        pytest.skip("one rank exchanges nothing, or this MPI takes no threads")
+    if nodes == "a node each":
+        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
+    own = world.Dup()  # or the trial of another test would be found
+    communicator = Communicator.shared(own)
+    trial = try_overlap(communicator)
+    trials = communicator.all_gather_object(trial)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD([parameter], lr=0.1), comm=own, overlap="auto")
+    overlaps = opt.communicator.overlap
+    parameter.sum().backward()
+    opt.step()
+    assert trials == [trial] * world.size
+    assert overlaps == trial.pays
+    assert math.isfinite(trial.asleep_s) == (nodes == "a node each")
+    assert torch.equal(parameter.detach(), torch.full((3,), 0.9))
