@@ -3,7 +3,9 @@
 A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts
 the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.communicator.Work` that ends it.
 The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
-get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. It may block or not;
+get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. One that has a true
+attribute ``defers`` as well does nothing but start a sum of the communicator's with this scale; it may be called before
+all ranks have answered (:meth:`~dpoptim.communicator.Communicator.announced`). Any other may block or not;
 ``bucket.flat`` is its own until ``Work.wait`` returns, and must then hold the same bits on every rank.
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
@@ -29,6 +31,7 @@ def allreduce(communicator: Communicator, bucket: Bucket) -> Work:
 
 
 allreduce.scales = True  # type: ignore[attr-defined]
+allreduce.defers = True  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(communicator: Communicator, bucket: Bucket, flat: Tensor, *, scale: float = 1.0) -> Work:

@@ -229,9 +229,9 @@ class Communicator:
         Parameters
         ----------
         works : iterable of Work
-            All that are under way, in the order in which they were started.
+            All of this object's own that are under way, in the order in which they were started.
         numbers : callable
-            Returns what to sum; called when the works are done, in place of which it must not write.
+            Returns what to sum; called when the works are done, whose tensors it may read and not write to.
         """
         with contextlib.ExitStack() as stack:
             peers = self._deferring()

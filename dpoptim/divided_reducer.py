@@ -181,13 +181,13 @@ class DividedReducer(Reducer):
         num_reduced = len(self._launched)
         for bucket in self._buckets[num_reduced:]:
             self._launch(bucket, self._scale)
-        woken = [bucket for bucket, _ in self._launched[num_reduced:]]
-        works = [work for _, work in self._launched[num_reduced:]]
+        launched = self._launched[num_reduced:]
+        woken = [bucket for bucket, _ in launched]
 
         def are_not_finite() -> list[float]:
             return [not _are_finite([bucket.own for bucket in woken])]
 
-        (num_not_finite,) = self.communicator.finish(works, are_not_finite)
+        (num_not_finite,) = self._finish(launched, are_not_finite)
         for bucket in woken:
             bucket.unpack(self._gradients(bucket))
         self._give_gradients()

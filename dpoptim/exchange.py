@@ -88,7 +88,8 @@ class Exchange:
         # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
         self._is_patient = patient or any(own_messages.all_gather_object(self._shares_cores))
         own_messages.patience_bytes = sys.maxsize if patient else _PATIENCE_BYTES if self._is_patient else 0
-        own_messages.in_pieces = self.topology.num_nodes > 1
+        is_power_of_two = self._world_size & (self._world_size - 1) == 0
+        own_messages.in_pieces = self.topology.num_nodes > 1 or not is_power_of_two
         self._small_sums = self._find_small_sums()
         self._ways: _NodeWays | None = None
         self._why_no_ways: str | None = None

@@ -291,8 +291,7 @@ class Reducer:
     def _take_over(self) -> None:
         """Turn buckets into gradients when they are reduced, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
-        works = [work for _, work in self._launched]
-        flags = self.communicator.finish(works, lambda: self._flags(had_gradient))
+        flags = self._finish(self._launched, lambda: self._flags(had_gradient))
         reports = self._exchange_reports(had_gradient) if flags[0] else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:
@@ -300,6 +299,20 @@ class Reducer:
         if not all(had_gradient):
             self._give_gradients()
         self._settle(reports, flags)
+
+    def _finish(self, launched: Sequence[tuple[Bucket, Work]], numbers: Callable[[], Sequence[float]]) -> list[float]:
+        """Wait until these buckets are reduced, then sum numbers over all ranks; collective."""
+        works = [work for _, work in launched]
+        if not self._hook_defers:  # it may write to what others still read, so that it ends with meetings of its own
+            for work in works:
+                work.wait()
+            works = []
+        return self.communicator.finish(works, numbers)
+
+    @property
+    def _hook_defers(self) -> bool:
+        """Whether the hook does nothing but start sums of the communicator's."""
+        return getattr(self._comm_hook, "scales", False) and getattr(self._comm_hook, "defers", False)
 
     def _flags(self, had_gradient: bytes) -> list[float]:
         """Return numbers whose sum over ranks all are told; the first says that something has changed."""
@@ -319,7 +332,7 @@ class Reducer:
         """Whether the roll call can serve as the meeting at which the ranks of a node tell where gradients are."""
         buckets = self._buckets
         return (
-            getattr(self._comm_hook, "scales", False)
+            self._hook_defers
             and all(bucket.device.type == "cpu" and bucket.numel for bucket in buckets)
             and self.communicator.defers(len(buckets), {bucket.dtype for bucket in buckets})
         )

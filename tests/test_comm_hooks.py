@@ -64,3 +64,31 @@ def test_the_optimizer_uses_the_hook(world, hook):
         torch.testing.assert_close(parameter.grad, mean, rtol=0, atol=8 * 2.0**-bits)
         assert not torch.allclose(parameter.grad, mean, rtol=0, atol=1e-6), "it was compressed"
     opt.detach()
+
+
+def test_a_hook_may_write_to_what_it_has_summed(world):
+    """While other ranks are slower: none of them may still read it."""
+
+    class Widen:
+        def __init__(self, work, summed, bucket):
+            self._work, self._summed, self._bucket = work, summed, bucket
+
+        def wait(self):
+            self._work.wait()
+            self._bucket.flat.copy_(self._summed)
+            self._summed.fill_(float("nan"))
+
+    def hook(communicator, bucket):
+        summed = bucket.flat.clone()
+        return Widen(communicator.all_reduce(summed, async_op=True), summed, bucket)
+
+    parameters = [torch.nn.Parameter(torch.zeros(1_000_000)) for _ in range(3)]
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(parameters, lr=0.1), comm=world, comm_hook=hook, overlap=False)
+    wrong = 0
+    for step in range(8):
+        opt.zero_grad()
+        sum(((world.rank + step) * parameter).sum() for parameter in parameters).backward()
+        mean = torch.full((1_000_000,), step + (world.size - 1) / 2)
+        wrong += sum(not torch.equal(parameter.grad, mean) for parameter in parameters)
+    opt.detach()
+    assert not wrong
