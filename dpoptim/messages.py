@@ -67,6 +67,8 @@ _MPI_SUM_TYPES = {
     torch.uint16: "UINT16_T",
     torch.uint8: "UINT8_T",
 }
+# torch does not add these; the bits of a sum are those of signed numbers.
+_SUMMED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 # Smaller tensors are faster whole, and those of which a rank's share is less than this: there latency counts.
 _IN_PIECES_BYTES = 1 << 19
 _SHARE_BYTES = 1 << 15
@@ -388,6 +390,8 @@ def _sum_in_order(rows: Tensor, output: Tensor) -> None:
             total += row
         output.copy_(total)
         return
+    dtype = _SUMMED_AS.get(rows.dtype, rows.dtype)
+    rows, output = rows.view(dtype), output.view(dtype)
     output.copy_(rows[0])
     for row in rows[1:]:
         output += row
