@@ -73,20 +73,9 @@ class SharedMemory:
 
     def __init__(self, node: Node, num_bytes: int) -> None:
         try:
-            descriptor = _opened(node, num_bytes, named=False)
+            self._map = _mapped(node, num_bytes, named=False)
         except OSError:
-            descriptor = _opened(node, num_bytes, named=True)
-        error = None
-        try:
-            counts = even_counts(num_bytes, node.world_size)
-            if counts[node.rank]:
-                os.posix_fallocate(descriptor, start_offsets(counts)[node.rank], counts[node.rank])
-            self._map = mmap.mmap(descriptor, num_bytes)
-        except OSError as caught:
-            error = caught
-        finally:
-            os.close(descriptor)
-        _raise_on_all(node, error, num_bytes)
+            self._map = _mapped(node, num_bytes, named=True)
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> Tensor:
         """Return a tensor in this memory, with a storage of its own that begins at ``offset_bytes``."""
@@ -96,9 +85,9 @@ class SharedMemory:
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes).view(shape)
 
 
-def _opened(node: Node, num_bytes: int, *, named: bool) -> int:
-    """Return a descriptor of one file on all ranks (Note [A mapped file]); collective, raises OSError on all."""
-    descriptor, place, error = -1, None, None
+def _mapped(node: Node, num_bytes: int, *, named: bool) -> mmap.mmap:
+    """Map one file on all ranks (Note [A mapped file]); collective, raises OSError on all."""
+    descriptor, place, error, mapped = -1, None, None, None
     try:
         if node.rank == 0:
             if named:
@@ -112,35 +101,39 @@ def _opened(node: Node, num_bytes: int, *, named: bool) -> int:
         error = caught
     place = node.broadcast_object(place, root=0)
     try:
-        if node.rank > 0 and place is not None:
-            descriptor = os.open(place[0], os.O_RDWR | os.O_CLOEXEC)
-            if _identity(descriptor) != place[1]:
-                error = OSError(f"{place[0]} is another file here, in a namespace of processes")
+        if place is not None and error is None:
+            if node.rank > 0:
+                descriptor = os.open(place[0], os.O_RDWR | os.O_CLOEXEC)
+            mapped = _allocated(node, descriptor, num_bytes, place[1])
     except OSError as caught:
         error = caught
-    try:
-        _raise_on_all(node, error, num_bytes)
-    except OSError:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise
-    finally:
-        if node.rank == 0 and named and place is not None:
-            Path(place[0]).unlink()
-    return descriptor
+    # Also keeps the descriptor of rank 0 until all have opened it.
+    errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
+    if descriptor >= 0:
+        os.close(descriptor)
+    if node.rank == 0 and named and place is not None:
+        Path(place[0]).unlink()
+    reason = next((text for text in errors if text is not None), None)
+    if reason is not None or mapped is None:
+        if mapped is not None:
+            mapped.close()  # gives the pages back before less is tried
+        raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share in {_DIRECTORY} ({reason})")
+    return mapped
+
+
+def _allocated(node: Node, descriptor: int, num_bytes: int, identity: tuple[int, int]) -> mmap.mmap:
+    """Map the file of this identity, with this rank's share of its pages allocated; local."""
+    if _identity(descriptor) != identity:
+        raise OSError("process numbers mean others, in a namespace of processes")
+    counts = even_counts(num_bytes, node.world_size)
+    if counts[node.rank]:
+        os.posix_fallocate(descriptor, start_offsets(counts)[node.rank], counts[node.rank])
+    return mmap.mmap(descriptor, num_bytes)
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
-
-
-def _raise_on_all(node: Node, error: OSError | None, num_bytes: int) -> None:
-    """Raise on all ranks what is an error on one; collective."""
-    errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
-    reason = next((text for text in errors if text is not None), None)
-    if reason is not None:
-        raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share in {_DIRECTORY} ({reason})")
 
 
 def meeting(node: Node, *, sleeping: bool) -> Callable[[], None]:
