@@ -38,6 +38,7 @@ def test_nothing_tried_is_no():
 
 
 @pytest.mark.parallel
+@pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("nodes", ["one node", "a node each"])
 def test_ranks_decide_alike(world, monkeypatch, nodes):
     if world.size == 1 or not messages.takes_threads():
