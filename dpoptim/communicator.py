@@ -204,8 +204,8 @@ class Communicator:
     def announced(self) -> Iterator[None]:
         """Meet all ranks within, by a roll call: what was deferred needs no such meeting of its own; collective.
 
-        All that was started with ``async_op=True`` was deferred (:meth:`defers`), was more than empty tensors, and is
-        waited for before more is started. If the meeting fails, as it does on all ranks alike, it never begins.
+        All that was started with ``async_op=True`` was deferred (:meth:`defers`), and is waited for before more is
+        started. If the meeting fails, as it does on all ranks alike, it never begins.
         """
         peers = self._deferring()
         assert peers is not None

@@ -140,7 +140,7 @@ class Divided:
             meet(f"a step that failed: {_described(failure)}")
             raise failure
         parts = self._step.parts(buckets)
-        on_host = all(part.bucket.device.type == "cpu" and part.bucket.numel for part in parts)
+        on_host = all(part.bucket.device.type == "cpu" for part in parts)
         if on_host and self._communicator.defers(len(parts), ()):
             works = self._start_exchange(parts)
             with self._communicator.announced():

@@ -16,11 +16,10 @@ Note [Pieces in flight]
 -----------------------
 A blocking all-reduce of one large message leaves the network idle while it sums, and while a computation beside it
 has the core. Between nodes large tensors therefore go in pieces, several in flight at a time: each rank receives the
-others' values of its share, sums them in the order of ranks, and all gather the sums. With MPICH 5.0, 42 MB over
-1 Gbit/s take 353 ms instead of 364 on 2 hosts, 354 instead of 373 beside a computation, 0.4 of the time on 3 hosts and
-0.6 on 4, near what the link allows. With many nodes pieces grow, since each rank's share of one is a message. On one
-node of a power of two ranks, for which MPICH's all-reduce is made, a tensor is one message, as is one in device memory,
-whose sums Open MPI has in blocking form only.
+others' values of its share, sums them in the order of ranks, and all gather the sums. No byte more than needed is sent
+on any number of hosts, where MPICH's all-reduce is made for powers of two (docs/scaling.md has steps on 3 and 4 hosts).
+With many nodes pieces grow, since each rank's share of one is a message. On one node of a power of two ranks a tensor
+is one message, as is one in device memory, whose sums Open MPI has in blocking form only.
 
 Note [Patience]
 ---------------

@@ -188,7 +188,7 @@ class PeerMemory:
     def announced(self) -> Iterator[None]:
         """Do without the first meeting of a batch, since all ranks of the node meet within by other means.
 
-        At least one and less than ``MAX_NOTED`` collectives are noted, and no more are before :meth:`wait`. If the
+        Less than ``MAX_NOTED`` collectives are noted, and no more are before :meth:`wait`. If the
         meeting fails, as it does on all ranks alike, nothing is noted any more.
         """
         self._announce()
@@ -197,7 +197,7 @@ class PeerMemory:
         except BaseException:
             self._noted.clear()
             raise
-        self._is_announced = True
+        self._is_announced = bool(self._noted)
 
     @contextlib.contextmanager
     def left_open(self) -> Iterator[None]:

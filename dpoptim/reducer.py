@@ -45,8 +45,7 @@ __all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
 # A gradient of at least so many bytes travels alone, from its own memory: copying it into and out of a bucket costs
 # more than the latency of one more message.
 _ALONE_BYTES = 1 << 19
-# What is sent beside backward is sent early: 601 tensors of 1.6 MB together over 1 Gbit/s take a fourth less of a step
-# than in one bucket, which is full when backward ends.
+# What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
 
 
@@ -333,7 +332,7 @@ class Reducer:
         buckets = self._buckets
         return (
             self._hook_defers
-            and all(bucket.device.type == "cpu" and bucket.numel for bucket in buckets)
+            and all(bucket.device.type == "cpu" for bucket in buckets)
             and self.communicator.defers(len(buckets), {bucket.dtype for bucket in buckets})
         )
 

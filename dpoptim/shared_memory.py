@@ -92,6 +92,8 @@ def _mapped(node: Node, num_bytes: int, *, named: bool) -> mmap.mmap:
         if node.rank == 0:
             if named:
                 descriptor, path = tempfile.mkstemp(prefix="dpoptim-", dir=_DIRECTORY)
+            elif not hasattr(os, "O_TMPFILE"):
+                raise OSError("this system has no files without a name")
             else:
                 descriptor = os.open(_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 path = f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -187,6 +187,9 @@ def test_an_announced_batch_begins_with_a_meeting_of_another_kind(node):
     with pytest.raises(LookupError):
         fail()
     peers.wait()  # nothing is left
+    peers.all_reduce(torch.empty(0))
+    with peers.announced():  # nothing at all
+        node.barrier()
     peers.all_reduce(again, node.rank + 1.0)
     peers.wait()
     assert torch.equal(tensor, _total(node.world_size, 0) / 4)

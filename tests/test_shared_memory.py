@@ -109,14 +109,18 @@ def test_it_never_has_a_name():
     assert node.mode == 0o600
 
 
-def test_other_users_may_not_read_it_where_it_needs_a_name(monkeypatch):
+@pytest.mark.parametrize("why", ["refused", "unknown"])
+def test_other_users_may_not_read_it_where_it_needs_a_name(monkeypatch, why):
     def unnamed_is_refused(path, flags, *mode):
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
+        if flags & unnamed == unnamed:
             raise OSError("refused")
         return original(path, flags, *mode)
 
-    before, node, original = _files(), Alone(), os.open
-    monkeypatch.setattr(dpoptim.shared_memory.os, "open", unnamed_is_refused)
+    before, node, original, unnamed = _files(), Alone(), os.open, os.O_TMPFILE
+    if why == "refused":
+        monkeypatch.setattr(dpoptim.shared_memory.os, "open", unnamed_is_refused)
+    else:
+        monkeypatch.delattr(dpoptim.shared_memory.os, "O_TMPFILE")
     SharedMemory(node, 100)
     assert node.names - before == {Path(node.path).name}
     assert node.mode == 0o600

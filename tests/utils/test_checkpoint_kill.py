@@ -47,7 +47,7 @@ def _start(num_ranks, path, blocking):
         [*launcher, sys.executable, "-c", PROGRAM, str(path), str(blocking)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
+        errors="replace",
         env=environment,
     )
 
