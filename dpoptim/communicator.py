@@ -158,7 +158,12 @@ class Communicator:
         return self._run(self._exchange.reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
 
     def all_gather(
-        self, output: Tensor, tensor: Tensor, *, counts: Sequence[int] | None = None, async_op: bool = False
+        self,
+        output: Tensor,
+        tensor: Tensor | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+        async_op: bool = False,
     ) -> Work:
         """Collect every rank's ``tensor`` in ``output``, one after another; collective. Any dtype.
 
@@ -166,16 +171,17 @@ class Communicator:
         ----------
         output : Tensor, numel ``sum(counts)``
             Receives all parts. ``tensor`` may be this rank's part of it.
-        tensor : Tensor, numel ``counts[rank]``
-            This rank's part.
+        tensor : Tensor, numel ``counts[rank]``, optional
+            This rank's part; by default it is in its place already.
         counts : sequence of int, optional
             Elements of each rank's part; by default as equal as possible.
         """
         counts = self._checked_counts(tensor, output, counts)
         flat = _flat(output)
-        own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
-        if own.data_ptr() != tensor.data_ptr():
-            own.copy_(_flat(tensor))
+        if tensor is not None:
+            own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+            if own.data_ptr() != tensor.data_ptr():
+                own.copy_(_flat(tensor))
         return self._run(self._exchange.all_gather, (flat,), counts, async_op=async_op)
 
     def broadcast(self, tensor: Tensor, *, root: int = 0, async_op: bool = False) -> Work:
@@ -390,20 +396,22 @@ class Communicator:
             collective(*hosts, *args).wait()
         return DONE
 
-    def _checked_counts(self, part: Tensor, whole: Tensor, counts: Sequence[int] | None) -> list[int]:
+    def _checked_counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> Sequence[int]:
         """Return each rank's share in numbers of the flat view, where a complex element is two."""
         counts = even_counts(whole.numel(), self.world_size) if counts is None else counts
-        if len(counts) != self.world_size or sum(counts) != whole.numel() or counts[self.rank] != part.numel():
+        is_valid = len(counts) == self.world_size and sum(counts) == whole.numel()
+        if not is_valid or (part is not None and counts[self.rank] != part.numel()):
+            given = "" if part is None else f" and give this rank its part ({part.numel()})"
             raise ValueError(
-                f"counts must have one entry a rank ({self.world_size}), sum to the whole tensor ({whole.numel()}) and "
-                f"give this rank its part ({part.numel()}), got {list(counts)} on rank {self.rank}"
+                f"counts must have one entry a rank ({self.world_size}), sum to the whole tensor ({whole.numel()})"
+                f"{given}, got {list(counts)} on rank {self.rank}"
             )
-        if part.dtype != whole.dtype or part.device != whole.device:
+        if part is not None and (part.dtype != whole.dtype or part.device != whole.device):
             raise ValueError(
                 f"the part must have the dtype and device of the whole, {whole.dtype} on {whole.device}, got "
                 f"{part.dtype} on {part.device}"
             )
-        return [2 * count for count in counts] if whole.is_complex() else list(counts)
+        return [2 * count for count in counts] if whole.is_complex() else counts
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -164,12 +164,8 @@ class Divided:
         raise raised_on_all_ranks(RuntimeError(f"rank {rank} had a step that failed: {text}"))
 
     def _start_exchange(self, parts: Sequence[Part]) -> list[Work]:
-        works = []
-        for part in parts:
-            flat, division = part.to_gather(), part.division
-            own = flat[division.start : division.stop]
-            works.append(self._communicator.all_gather(flat, own, counts=division.counts, async_op=True))
-        return works
+        all_gather = self._communicator.all_gather
+        return [all_gather(part.to_gather(), counts=part.division.counts, async_op=True) for part in parts]
 
     # ---------------------------------------------------------------- gradients
 

@@ -130,14 +130,14 @@ class Exchange:
                 ways.memory.wait()
         return DONE
 
-    def reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
+    def reduce_scatter_in_node(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float) -> Work:
         """Sum over all ranks of all nodes, each part at one rank of every node."""
         ways = self._find_ways()
         if ways is None:
             raise RuntimeError(f"node_shared=True needs shared memory on every node: {self._why_no_ways}")
         return self._sum_parts(ways, output, source, start_offsets(counts), counts, scale)
 
-    def reduce_scatter(self, output: Tensor, source: Tensor, counts: list[int], scale: float) -> Work:
+    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float) -> Work:
         """Sum ``scale * source`` over all ranks; ``output``, perhaps a part of it, receives this rank's part."""
         ways = self._ways_for(source) if sums(source.dtype) else None
         if ways is None or not self.topology.is_even:
@@ -157,7 +157,7 @@ class Exchange:
         ways.counterparts.reduce_scatter(output, own_parts, own_counts)
         return DONE
 
-    def all_gather(self, tensor: Tensor, counts: list[int]) -> Work:
+    def all_gather(self, tensor: Tensor, counts: Sequence[int]) -> Work:
         """Collect every rank's part of the tensor, where its own is already in place. Any dtype."""
         ways = self._ways_for(tensor)
         if ways is None or not self.topology.is_even:

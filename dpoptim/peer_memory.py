@@ -34,20 +34,24 @@ import torch
 from torch import Tensor
 
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.huge_pages import HugePages
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 
 __all__ = ["MAX_NOTED", "PeerMemory"]
 
-# What is summed at once: two such pieces, what was read and the sum, stay in a cache; system calls hardly count.
-_PIECE_BYTES = 1 << 20
+# What is summed at once, of one tensor or several: the sum and what was read stay in a cache. Each call of the kernel
+# takes some 10 us beside its bytes.
+_WINDOW_BYTES = 1 << 20
+# Larger tensors are worth huge pages.
+_LARGE_BYTES = 1 << 18
 # The kernel takes at most 1024 spans a call.
 MAX_NOTED = 512
 _CLOSED = object()
 _SECRET_BYTES = 16
 
-# From where in another process to where in this one, and how many bytes.
-_Copy = tuple[int, int, int]
+# An address and a number of bytes.
+_Place = tuple[int, int]
 
 
 class _Span(ctypes.Structure):
@@ -78,6 +82,19 @@ class _Noted:
     divisor: float = 1.0
     places: Sequence[int] = ()
     scales: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A piece of a tensor that is summed: this rank's values, where the sum goes, and where it lies on each rank."""
+
+    own: Tensor
+    target: Tensor
+    places: Sequence[int]
+    offset_bytes: int
+
+    def source(self, rank: int) -> _Place:
+        return self.places[rank] + self.offset_bytes, self.own.nbytes
 
 
 class PeerMemory:
@@ -119,8 +136,8 @@ class PeerMemory:
         self._is_announced = False
         self._leaves_open = False
         self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
-        self._first, self._further = (torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(2))
-        self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._first, self._further = (torch.empty(_WINDOW_BYTES, dtype=torch.uint8) for _ in range(2))
+        self._huge_pages = HugePages()
 
     # ---------------------------------------------------------------- what to do
 
@@ -255,6 +272,11 @@ class PeerMemory:
             self._meet()
             self._close()
         number = len(self._noted)
+        self._huge_pages.want(
+            (noted.tensor.data_ptr(), noted.tensor.nbytes)
+            for noted in self._noted
+            if noted.tensor.nbytes >= _LARGE_BYTES and noted.output is None
+        )
         own = self._rows[self._rank]
         own.places[:number] = [noted.tensor.data_ptr() for noted in self._noted]
         own.scales[:number] = [noted.scale for noted in self._noted]
@@ -268,64 +290,58 @@ class PeerMemory:
             noted.places, noted.scales = places, [scale / noted.divisor for scale in scales]
 
     def _sum(self, batch: Sequence[_Noted]) -> None:
-        """Sum this rank's parts over all ranks, piece by piece (Note [Order of sums] in shared_memory.py)."""
+        """Sum this rank's parts over all ranks, window by window (Note [Order of sums] in shared_memory.py)."""
+        alike: dict[tuple[torch.dtype, tuple[float, ...]], list[_Noted]] = {}
         for noted in batch:
-            start, numel, output = noted.starts[self._rank], noted.counts[self._rank], noted.output
-            assert output is not None
-            itemsize = output.element_size()
-            window = _PIECE_BYTES // itemsize
-            for first in range(0, numel, window):
-                size = min(window, numel - first)
-                own = noted.tensor.narrow(0, start + first, size)
-                target = output if size == numel else output.narrow(0, first, size)
-                offset_bytes = (start + first) * itemsize
-                self._sum_piece(target, own, [place + offset_bytes for place in noted.places], noted.scales)
+            alike.setdefault((noted.tensor.dtype, tuple(noted.scales)), []).append(noted)
+        for (dtype, scales), members in alike.items():
+            for window in _windows(members, self._rank, _WINDOW_BYTES // dtype.itemsize):
+                self._sum_window(window, dtype, scales)
 
-    def _sum_piece(self, target: Tensor, own: Tensor, addresses: Sequence[int], scales: Sequence[float]) -> None:
-        """Sum one piece of all ranks, at these addresses; ``target`` may be ``own`` and is written last."""
+    def _sum_window(self, window: "Sequence[_Cut]", dtype: torch.dtype, scales: Sequence[float]) -> None:
+        """Sum what one window holds, of all ranks; the targets, which may be the ranks' own, are written last."""
         # A factor that all have in common is one pass over the sum rather than over what is summed.
         common = scales[0] if len(set(scales)) == 1 else None
         if common is not None:
             scales = (1.0,) * self._size
-        is_wide = own.dtype in SUMMED_IN_FLOAT32
-        first, further = self._scratch_like(own)
-        total, last = own, self._size - 1
-        for rank in range(self._size):
+        numels = [cut.own.numel() for cut in window]
+        first, further = (scratch.view(dtype)[: sum(numels)] for scratch in (self._first, self._further))
+        total = first
+        # a + b is b + a: this rank's own values are never the first, which are copied
+        for place, rank in enumerate(range(self._size) if self._rank else (1, 0, *range(2, self._size))):
+            values = further if place else first
             if rank != self._rank:
-                values = further if rank else first
-                _read_memory(self._pids[rank], [(addresses[rank], values.data_ptr(), values.nbytes)])
-                if scales[rank] != 1.0:
-                    values.mul_(scales[rank])
+                sources = [cut.source(rank) for cut in window]
+                _read_memory(self._pids[rank], sources, [(values.data_ptr(), values.nbytes)])
+            elif scales[rank] == 1.0:
+                torch._foreach_add_(total.split(numels), [cut.own for cut in window])
+                continue
             else:
-                values = own if scales[rank] == 1.0 else torch.mul(own, scales[rank], out=target)
-            if rank == 0:
-                total = values.float() if is_wide else values
-            elif is_wide:
-                total += values
-            else:
-                total = torch.add(total, values, out=target if rank == last else first)
-        if is_wide:
-            target.copy_(total if common is None or common == 1.0 else total.mul_(common))
-        elif common is not None and common != 1.0:
-            target.mul_(common)
-
-    def _scratch_like(self, piece: Tensor) -> tuple[Tensor, Tensor]:
-        if piece.dtype not in self._scratch:
-            self._scratch[piece.dtype] = self._first.view(piece.dtype), self._further.view(piece.dtype)
-        first, further = self._scratch[piece.dtype]
-        numel = len(piece)
-        return (first, further) if numel == len(first) else (first[:numel], further[:numel])
+                torch._foreach_copy_(values.split(numels), [cut.own for cut in window])
+            if scales[rank] != 1.0:
+                values.mul_(scales[rank])
+            if place:
+                total.add_(values)
+            elif dtype in SUMMED_IN_FLOAT32:
+                total = first.float()
+        sums, targets = total.split(numels), [cut.target for cut in window]
+        if common is None or common == 1.0:
+            torch._foreach_copy_(targets, sums)
+            return
+        for target, part in zip(targets, sums, strict=True):
+            torch.mul(part, common, out=target)
 
     def _gather(self, batch: Sequence[_Noted]) -> None:
         for step in range(1, self._size):  # not all from the same rank at once
             owner = (self._rank + step) % self._size
-            copies = []
+            sources, targets = [], []
             for noted in batch:
                 itemsize = noted.tensor.element_size()
                 start_bytes, num_bytes = noted.starts[owner] * itemsize, noted.counts[owner] * itemsize
                 if num_bytes:
-                    copies.append((noted.places[owner] + start_bytes, noted.tensor.data_ptr() + start_bytes, num_bytes))
-            _read_memory(self._pids[owner], copies)
+                    sources.append((noted.places[owner] + start_bytes, num_bytes))
+                    targets.append((noted.tensor.data_ptr() + start_bytes, num_bytes))
+            _read_memory(self._pids[owner], sources, targets)
 
 
 def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
@@ -337,7 +353,7 @@ def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
     found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8)
     try:
         for pid, address, expected in places:
-            _read_memory(pid, [(address, found.data_ptr(), _SECRET_BYTES)])
+            _read_memory(pid, [(address, _SECRET_BYTES)], [(found.data_ptr(), _SECRET_BYTES)])
             if bytes(found.tolist()) != expected:
                 return "process numbers mean others, in a namespace of processes"
     except OSError as error:
@@ -345,30 +361,51 @@ def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
     return None
 
 
-def _read_memory(pid: int, copies: Sequence[_Copy]) -> None:
-    """Make these copies from the memory of another process; raises OSError."""
-    while copies:
-        here = _spans([(target, num_bytes) for _, target, num_bytes in copies])
-        there = _spans([(address, num_bytes) for address, _, num_bytes in copies])
-        count = _libc.process_vm_readv(pid, here, len(copies), there, len(copies), 0)
+def _windows(batch: Sequence[_Noted], rank: int, numel: int) -> Iterator[list[_Cut]]:
+    """Cut this rank's parts of tensors of one dtype into windows of so many elements; only the last may have less."""
+    window: list[_Cut] = []
+    room = numel
+    for noted in batch:
+        assert noted.output is not None
+        start, count, done = noted.starts[rank], noted.counts[rank], 0
+        while done < count:
+            size = min(room, count - done)
+            own, target = noted.tensor.narrow(0, start + done, size), noted.output.narrow(0, done, size)
+            window.append(_Cut(own, target, noted.places, (start + done) * own.itemsize))
+            done += size
+            room -= size
+            if not room:
+                yield window
+                window, room = [], numel
+    if window:
+        yield window
+
+
+def _read_memory(pid: int, sources: Sequence[_Place], targets: Sequence[_Place]) -> None:
+    """Copy these places of another process, one after another, to those of this one; raises OSError."""
+    num_bytes = sum(size for _, size in sources)
+    while num_bytes:
+        count = _libc.process_vm_readv(pid, _spans(targets), len(targets), _spans(sources), len(sources), 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process_vm_readv of process {pid}: {os.strerror(number)}")
-        copies = _rest(copies, count)
+        num_bytes -= count
+        if num_bytes:  # a call may stop early
+            sources, targets = _rest(sources, count), _rest(targets, count)
 
 
-def _spans(spans: Sequence[tuple[int, int]]) -> "ctypes.Array[_Span]":
-    return (_Span * len(spans))(*itertools.starmap(_Span, spans))
+def _spans(places: Sequence[_Place]) -> "ctypes.Array[_Span]":
+    return (_Span * len(places))(*itertools.starmap(_Span, places))
 
 
-def _rest(copies: Sequence[_Copy], count: int) -> list[_Copy]:
-    """Return what is left of these copies when so many bytes of them are there: a call may stop early."""
+def _rest(places: Sequence[_Place], count: int) -> list[_Place]:
+    """Return what is left of these places after so many bytes."""
     rest = []
-    for address, target, num_bytes in copies:
+    for address, num_bytes in places:
         done = min(count, num_bytes)
         count -= done
         if done < num_bytes:
-            rest.append((address + done, target + done, num_bytes - done))
+            rest.append((address + done, num_bytes - done))
     return rest
 
 

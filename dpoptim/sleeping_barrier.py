@@ -2,10 +2,11 @@
 
 MPI's barrier asks again and again whether the others are there, which is fastest where every rank has a core. Where
 ranks share cores the one that asks holds up the one it asks for. Here each rank counts its arrivals in a word of shared
-memory and sleeps in the kernel (futex(2)) on the word of a rank that is still to come.
+memory and sleeps in the kernel (futex(2)) until the last one to come wakes all.
 """
 
 import ctypes
+import itertools
 import platform
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ _WAIT, _WAKE = 0, 1
 _EVERYBODY = 2**31 - 1
 # A rank that is about to come is there sooner than one can fall asleep.
 _NUM_LOOKS = 20
+# How long a rank sleeps before it looks after MPI: what it holds up goes on at once, and a long wait costs little.
+_NAPS_MS = (1, 2, 4, 8)
 _WORDS_BETWEEN = 16  # each rank's word has a cache line of its own
 
 
@@ -37,8 +40,8 @@ class SleepingBarrier:
     rank, world_size : int
         This rank's number, and how many there are.
     meanwhile : callable, optional
-        Called each millisecond while others are waited for: what lets MPI go on with what they may wait for before
-        they can come here.
+        Called every few milliseconds while others are waited for: what lets MPI go on with what they may wait for
+        before they can come here.
     """
 
     def __init__(
@@ -46,13 +49,13 @@ class SleepingBarrier:
     ) -> None:
         assert words.dtype == torch.int32
         self._memory = words  # keeps the mapping alive
-        self._addresses = [words.data_ptr() + 4 * _WORDS_BETWEEN * other for other in range(world_size)]
-        self._arrivals = [ctypes.c_int32.from_address(address) for address in self._addresses]
-        self._rank = rank
-        self._others = [other for other in range(world_size) if other != rank]
+        addresses = [words.data_ptr() + 4 * _WORDS_BETWEEN * number for number in range(world_size + 1)]
+        *self._arrivals, self._gate = [ctypes.c_int32.from_address(address) for address in addresses]
+        self._gate_address = ctypes.c_void_p(addresses[-1])
+        self._own = self._arrivals.pop(rank)
         self._count = 0
         self._meanwhile = meanwhile
-        self._nap = ctypes.byref(_TimeSpec(1, 0) if meanwhile is None else _TimeSpec(0, 1_000_000))
+        self._naps = [ctypes.byref(_TimeSpec(0, nap * 1_000_000)) for nap in (_NAPS_MS if meanwhile else (100,))]
         self._fence = threading.Lock()
         self._number = _SYSCALL_NUMBERS[platform.machine()]
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
@@ -66,7 +69,7 @@ class SleepingBarrier:
     @staticmethod
     def words_needed(world_size: int) -> int:
         """Return how many int32 words the barrier of so many ranks needs."""
-        return _WORDS_BETWEEN * world_size
+        return _WORDS_BETWEEN * (world_size + 1)
 
     def wait(self) -> None:
         """Wait until all ranks have called this as often as this rank."""
@@ -77,34 +80,38 @@ class SleepingBarrier:
         """Tell the others that this rank is here, the first half of :meth:`wait`; does not block."""
         self._count = self._count % _EVERYBODY + 1
         self._order_memory()
-        self._arrivals[self._rank].value = self._count
-        self._futex(self._rank, _WAKE, _EVERYBODY, None)
+        self._own.value = self._count
+        if self.are_all_here():  # so is whoever comes at the same time: one of them sees the other
+            self._gate.value = self._count
+            self._futex(_WAKE, _EVERYBODY, None)
 
     def are_all_here(self) -> bool:
         """Whether all others have arrived as often as this rank; once true, the second half of :meth:`wait`."""
-        is_here = all(not self._is_behind(arrivals.value) for arrivals in self._arrivals)
+        self._order_memory()
+        is_here = not any(self._is_behind(arrivals.value) for arrivals in self._arrivals)
         self._order_memory()
         return is_here
 
     def wait_for_others(self) -> None:
         """Wait until :meth:`are_all_here`."""
-        for other in self._others:
-            arrivals, looks = self._arrivals[other], 0
-            while self._is_behind(seen := arrivals.value):
-                looks += 1
-                if looks > _NUM_LOOKS:
-                    self._futex(other, _WAIT, seen, self._nap)
-                    if self._meanwhile is not None:
-                        self._meanwhile()
-        self._order_memory()
+        for _ in range(_NUM_LOOKS):
+            if self.are_all_here():
+                return
+        for nap in itertools.chain(self._naps, itertools.repeat(self._naps[-1])):
+            if self._is_behind(seen := self._gate.value):
+                self._futex(_WAIT, seen, nap)
+            if self.are_all_here():
+                return
+            if self._meanwhile is not None:
+                self._meanwhile()
 
     def _is_behind(self, seen: int) -> bool:
         # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
         return seen == self._count - 1 or (self._count == 1 and seen == _EVERYBODY)
 
-    def _futex(self, rank: int, operation: int, value: int, timeout: object) -> None:
+    def _futex(self, operation: int, value: int, timeout: object) -> None:
         # Wakes by another cause and vanished waits are all the same: the caller looks again.
-        self._syscall(self._number, ctypes.c_void_p(self._addresses[rank]), operation, value, timeout, None, 0)
+        self._syscall(self._number, self._gate_address, operation, value, timeout, None, 0)
 
     def _order_memory(self) -> None:
         """Keep reads and writes on their side of the barrier, on processors that would move them."""

@@ -121,8 +121,9 @@ class Recorder:
 
 
 def recorder(num_ranks: int, rank: int) -> Recorder:
-    """Return the plugin for a rank; the first one writes."""
-    return Recorder(f"{num_ranks}-ranks" if rank == 0 else None)
+    """Return the plugin for a rank, of which the first one writes, or for one of several workers alone."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    return Recorder(f"{num_ranks}-ranks{worker}" if rank == 0 else None)
 
 
 def render(cells: Iterable[Cell]) -> str:

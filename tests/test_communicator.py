@@ -72,7 +72,7 @@ def communicator(request, any_comm, monkeypatch):
     if NODES[nodes] is not None:
         monkeypatch.setattr(dpoptim.exchange, "_SHARED_MEMORY_BYTES", 0)
         monkeypatch.setattr(dpoptim.exchange, "StagingArea", TinyStagingArea)
-        monkeypatch.setattr(dpoptim.peer_memory, "_PIECE_BYTES", 192)
+        monkeypatch.setattr(dpoptim.peer_memory, "_WINDOW_BYTES", 192)
         monkeypatch.setattr(dpoptim.peer_memory, "_libc", ReadsALittle)
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))
     if nodes != "messages":  # between nodes, in pieces of a few numbers

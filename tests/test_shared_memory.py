@@ -16,6 +16,9 @@ import dpoptim.shared_memory
 from dpoptim.communicator import Communicator
 from dpoptim.shared_memory import SharedMemory
 
+# They look at the same directory; one worker takes them one after another.
+pytestmark = pytest.mark.xdist_group("files in /dev/shm")
+
 PROGRAM = """
 import sys, time, torch
 from dpoptim.communicator import Communicator
