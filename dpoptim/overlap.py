@@ -6,6 +6,7 @@ A thread that exchanges takes time from the computation where it finds no core o
 everywhere; MPI waits by taking a whole core. What remains depends on the machine, its network and its MPI, so it is
 tried: an exchange alone, a computation of the same length alone, and both at once, in turns. With several nodes both
 are tried a second time with a thread that sleeps while it waits for the network (Note [Patience] in messages.py).
+In one node without a core to spare nothing is tried: there an exchange is nothing but work for the same cores.
 Ranks agree on the slowest rank's times, hence all decide alike. The first optimizer on a communicator pays for it,
 some tenths of a second on a slow network, less elsewhere.
 """
@@ -109,6 +110,8 @@ def _try(communicator: Communicator) -> Trial:
         return Trial(why_not="one rank exchanges nothing")
     if not messages.takes_threads():
         return Trial(why_not="this MPI was initialised without MPI_THREAD_MULTIPLE")
+    if communicator.topology.num_nodes == 1 and not has_spare_cores(communicator):
+        return Trial(why_not="an exchange in a node is work for its cores, and the ranks' threads fill them")
     awake = communicator.duplicate(overlap=True)
     asleep = communicator.duplicate(overlap=True, patient=True) if communicator.topology.num_nodes > 1 else None
     try:
