@@ -14,6 +14,8 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 # Its search for the fabrics of clusters takes a second at every start.
 export OMPI_MCA_btl ?= ^ofi
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Hundreds of Pythons are started, which shall not compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 MAIN := .venv
 HEAT := .venv-heat
@@ -41,10 +43,10 @@ test-openmpi: $(MAIN)/.test
 test-mpich: $(HEAT)/.test
 	$(call run_tests,$(HEAT), and not once)
 
-# The tests that are not parallel in one process, then the parallel ones on every rank of 1 to 4 (tests/conftest.py).
+# The tests that are not parallel, a few at a time, then the parallel ones on every rank of 1 to 4 (tests/conftest.py).
 define run_tests
 @echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI \{3,\}//p; s/^torch */torch /p' | paste -sd,)"
-OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -m "not parallel$(2)"
+OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -n $(CORES) --dist loadgroup -m "not parallel$(2)"
 @for n in 1 2 3 4; do \
 	echo "== mpirun -n $$n"; \
 	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) -m "parallel$(2)" || exit 1; \
@@ -76,9 +78,10 @@ bench: $(MAIN)/.train
 bench-heat: $(HEAT)/.test
 	$(call run_bench,$(HEAT),heat)
 
+# Huge pages under the tensors of all (docs/performance.md); torch's wheels and glibc >= 2.35 heed it.
 define run_bench
 @for n in $(BENCH_RANKS); do \
-	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
+	OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
 		--json runs/bench/$(2)-$$n.json $(ARGS) || exit 1; \
 done
 endef
