@@ -78,10 +78,9 @@ bench: $(MAIN)/.train
 bench-heat: $(HEAT)/.test
 	$(call run_bench,$(HEAT),heat)
 
-# Huge pages under the tensors of all (docs/performance.md); torch's wheels and glibc >= 2.35 heed it.
 define run_bench
 @for n in $(BENCH_RANKS); do \
-	OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
+	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python benchmarks/step.py \
 		--json runs/bench/$(2)-$$n.json $(ARGS) || exit 1; \
 done
 endef

@@ -40,7 +40,7 @@ class HugePages:
         Parameters
         ----------
         tensors : iterable of (int, int)
-            The address of each, and its size in bytes. They are not written to meanwhile.
+            The address of each, and its size in bytes.
         """
         places = tuple(tensors)
         if places in self._settled or len(self._settled) == _MAX_PLACES or _madvise is None:

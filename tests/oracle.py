@@ -139,7 +139,7 @@ def model_for(name: str) -> Callable[[], nn.Module]:
 def seeded(make: Callable[[], nn.Module] = Net, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Make a model from a seed, without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed keeps a traceback of each call
         return make().to(dtype)
 
 

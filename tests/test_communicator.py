@@ -166,10 +166,11 @@ def test_broadcast_and_all_gather_move_any_dtype(communicator):
     assert not wrong
 
 
-def test_all_gather_in_place(communicator):
+@pytest.mark.parametrize("is_given", [True, False])
+def test_all_gather_in_place(communicator, is_given):
     whole = torch.zeros(2 * communicator.world_size)
     own = whole[2 * communicator.rank :][:2].fill_(communicator.rank)
-    communicator.all_gather(whole, own)
+    communicator.all_gather(whole, own if is_given else None)
     assert whole.tolist() == [float(rank) for rank in range(communicator.world_size) for _ in range(2)]
 
 

@@ -39,6 +39,20 @@ def test_nothing_tried_is_no():
 
 @pytest.mark.parallel
 @pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("num_cores", [1, 64])
+def test_one_node_tries_where_it_has_cores_to_spare(world, monkeypatch, num_cores):
+    if world.size == 1 or not messages.takes_threads():
+        pytest.skip("one rank exchanges nothing, or this MPI takes no threads")
+    monkeypatch.setattr(dpoptim.overlap, "available_cores", lambda: set(range(num_cores)))
+    communicator = Communicator(world)
+    trial = try_overlap(communicator)
+    communicator.free()
+    assert (trial.why_not is None) == (trial.exchange_s > 0) == (num_cores == 64)
+    assert ("the ranks' threads fill them" in str(trial)) == (num_cores == 1)
+
+
+@pytest.mark.parallel
+@pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("nodes", ["one node", "a node each"])
 def test_ranks_decide_alike(world, monkeypatch, nodes):
     if world.size == 1 or not messages.takes_threads():

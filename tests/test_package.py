@@ -20,6 +20,7 @@ LEVELS = {
     "bucket": 1,
     "device_memory": 0,
     "sleeping_barrier": 0,
+    "huge_pages": 0,
     "topology": 0,
     "compiled_step": 0,
     "flat_step": 1,

@@ -66,6 +66,31 @@ def test_a_factor_that_all_have_is_that_of_the_sum(node):
         assert torch.equal(tensor, torch.full((1001,), 0.75 * node.world_size, dtype=dtype))
 
 
+def test_windows_hold_parts_of_several_tensors(node, monkeypatch):
+    monkeypatch.setattr(dpoptim.peer_memory, "_WINDOW_BYTES", 960)
+    rank, size = node.rank, node.world_size
+    peers = PeerMemory(node, node.barrier)
+    kinds = [(torch.float32, 0.5), (torch.bfloat16, 0.5), (torch.float32, 0.5), (torch.float64, 2.0 + rank)]
+    kinds += [(torch.bfloat16, 1.0), (torch.float32, 1.0), (torch.int64, 1.0)]
+    numels = [1, 1000, 37, 501, 3, 258, 4]
+    tensors = [
+        _own(rank, number, numel).to(kind[0]) for number, (numel, kind) in enumerate(zip(numels, kinds, strict=True))
+    ]
+    starts = [start_offsets(even_counts(numel, size)) for numel in numels]
+    own = [
+        torch.zeros(even_counts(numel, size)[rank], dtype=kind[0]) for numel, kind in zip(numels, kinds, strict=True)
+    ]
+    for tensor, output, start, (_, scale) in zip(tensors, own, starts, kinds, strict=True):
+        peers.reduce_scatter(output, tensor, start, even_counts(len(tensor), size), scale)
+    peers.wait()
+    for number, (numel, (dtype, scale)) in enumerate(zip(numels, kinds, strict=True)):
+        scales = [2.0 + other if dtype == torch.float64 else scale for other in range(size)]
+        values = [_own(other, number, numel).to(dtype).double() for other in range(size)]
+        total = sum(value * factor for value, factor in zip(values, scales, strict=True)).to(dtype)
+        start = starts[number][rank]
+        assert torch.equal(own[number], total[start : start + len(own[number])]), (number, dtype)
+
+
 def test_more_than_a_batch_holds(node, monkeypatch):
     monkeypatch.setattr(dpoptim.peer_memory, "MAX_NOTED", 3)
     peers = PeerMemory(node, node.barrier)

@@ -49,6 +49,21 @@ def test_all_come_before_any_leaves(monkeypatch, first_count):
     assert not wrong
 
 
+def test_the_last_to_come_wakes_all(monkeypatch):
+    monkeypatch.setattr(dpoptim.sleeping_barrier, "_NUM_LOOKS", 0)
+    _, barriers = _barriers()
+    for barrier in barriers:
+        barrier._naps = [None]  # for ever
+
+    def work(rank):
+        for turn in range(60):
+            if turn % NUM_RANKS == rank:
+                time.sleep(0.01)  # the others sleep by now
+            barriers[rank].wait()
+
+    _run(work)
+
+
 def test_a_late_rank_is_waited_for_asleep():
     _, barriers = _barriers()
     used_s = []
