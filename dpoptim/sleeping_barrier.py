@@ -98,7 +98,7 @@ class SleepingBarrier:
             if self.are_all_here():
                 return
         for nap in itertools.chain(self._naps, itertools.repeat(self._naps[-1])):
-            if self._is_behind(seen := self._gate.value):
+            if (seen := self._gate.value) != self._count:
                 self._futex(_WAIT, seen, nap)
             if self.are_all_here():
                 return
