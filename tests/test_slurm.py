@@ -164,7 +164,7 @@ def _mpi():
 
 
 def test_a_preempted_job_resumes_and_ends_like_one_that_was_not(cluster, tmp_path):
-    options = ["--steps", "180", "--eval-every", "60", "--batch-size", "8", "--context", "32"]
+    options = ["--steps", "300", "--eval-every", "100", "--batch-size", "8", "--context", "32"]
     command = [sys.executable, str(ROOT / "examples/train_gpt.py"), *options, "--output"]
     log = tmp_path / "log"
     script = ["--cpus-per-task=1", "--ntasks-per-node=1", "--nodes=2", "-t", "8", f"--chdir={ROOT}"]

@@ -14,7 +14,7 @@ import dpoptim
 pytestmark = [
     pytest.mark.parallel,
     pytest.mark.once,
-    pytest.mark.ranks(2),  # some 190 configurations
+    pytest.mark.ranks(3),  # some 190 configurations
 ]
 
 NUM_STEPS = 10

@@ -278,7 +278,6 @@ def compiler():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler's own code
 @pytest.mark.skipif(MPI.COMM_WORLD.size > 2, reason="compiling takes seconds: on one and two ranks")
 @pytest.mark.supports("torch.compile of the model", replicated="yes")
-@pytest.mark.once
 def test_a_compiled_model(world, compiler):
     opt, plain, model, expected = _sgd_pair(Matrices)
     compiled = torch.compile(model)
