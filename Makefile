@@ -43,11 +43,11 @@ test-openmpi: $(MAIN)/.test
 test-mpich: $(HEAT)/.test
 	$(call run_tests,$(HEAT), and not once)
 
-# The tests that are not parallel, one a core and one more, since many wait for others; then the parallel ones on every
-# rank of 1 to 4 (tests/conftest.py).
+# The tests that are not parallel, on a worker a core, then the parallel ones on every rank of 1 to 4 (tests/conftest.py).
+# Many start ranks of their own, so that more than four workers would only crowd each other.
 define run_tests
 @echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI \{3,\}//p; s/^torch */torch /p' | paste -sd,)"
-OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -n $$(( $(CORES) + 1 )) --dist loadgroup -m "not parallel$(2)"
+OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -n auto --maxprocesses 4 --dist loadgroup -m "not parallel$(2)"
 @for n in 1 2 3 4; do \
 	echo "== mpirun -n $$n"; \
 	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) -m "parallel$(2)" || exit 1; \
