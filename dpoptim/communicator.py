@@ -396,7 +396,7 @@ class Communicator:
             collective(*hosts, *args).wait()
         return DONE
 
-    def _checked_counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> Sequence[int]:
+    def _checked_counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
         """Return each rank's share in numbers of the flat view, where a complex element is two."""
         counts = even_counts(whole.numel(), self.world_size) if counts is None else counts
         is_valid = len(counts) == self.world_size and sum(counts) == whole.numel()
@@ -411,7 +411,7 @@ class Communicator:
                 f"the part must have the dtype and device of the whole, {whole.dtype} on {whole.device}, got "
                 f"{part.dtype} on {part.device}"
             )
-        return [2 * count for count in counts] if whole.is_complex() else counts
+        return tuple(2 * count for count in counts) if whole.is_complex() else tuple(counts)
 
 
 def _flat(tensor: Tensor) -> Tensor:
