@@ -2,9 +2,10 @@
 
 Note [Huge pages]
 -----------------
-To read another process's memory the kernel looks up every page of it; with pages of 4 KiB that is half of the time.
+To read another process's memory the kernel looks up every page of it; with pages of 4 KiB that takes a good part of
+the time.
 ``madvise(2)`` with MADV_COLLAPSE (Linux 6.1) moves memory onto pages of 2 MiB, with the same addresses and contents.
-It takes milliseconds a page, so that few are tried at a time, and each is tried once. Memory that was given back to the
+That copies them, so that few are tried at a time, and each is tried once. Memory that was given back to the
 system and taken anew has small pages again: a second try, which would come at every step, is not worth it.
 
 Only pages are tried that the wanted tensors fill for a good part, since what is not used of them is taken as well.
@@ -20,7 +21,7 @@ __all__ = ["HugePages"]
 _PAGE_BYTES = 1 << 21
 # How much of a page must be wanted.
 _WANTED_BYTES = _PAGE_BYTES // 4
-# What is tried at once takes some 100 ms.
+# More would hold up one step for long.
 _MAX_PAGES_AT_ONCE = 16
 # Places of tensors that change with every step, without end, are not followed.
 _MAX_PLACES = 64

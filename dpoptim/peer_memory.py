@@ -40,8 +40,8 @@ from dpoptim.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 
 __all__ = ["MAX_NOTED", "PeerMemory"]
 
-# What is summed at once, of one tensor or several: the sum and what was read stay in a cache. Each call of the kernel
-# takes some 10 us beside its bytes.
+# What is summed at once, of one tensor or several: so little that the sum and what was read stay in a cache, so much
+# that what a call of the kernel takes beside its bytes hardly counts.
 _WINDOW_BYTES = 1 << 20
 # Larger tensors are worth huge pages.
 _LARGE_BYTES = 1 << 18
