@@ -1,6 +1,7 @@
 """What an optimizer refuses, said before anything is changed and with the names of parameters. Nothing collective."""
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,8 +196,9 @@ def _hyper_parameters(torch_class: type[Optimizer]) -> set[str]:
     return set(inspect.signature(torch_class.__init__).parameters) - _NO_HYPER_PARAMETERS
 
 
-def _all_hyper_parameters() -> set[str]:
-    return set[str]().union(
+@functools.cache
+def _all_hyper_parameters() -> frozenset[str]:
+    return frozenset[str]().union(
         *(_hyper_parameters(getattr(torch.optim, name)) for name in _STATE_KEYS if hasattr(torch.optim, name))
     )
 

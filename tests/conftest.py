@@ -11,6 +11,7 @@ second.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from typing import Any
 import pytest
 import support
 import torch
+from meeting import meet
+from programs import ENVIRONMENT, QUICK_START
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 if UNDER_MPIRUN:
@@ -48,6 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _left_out = pytest.StashKey[int]()
+
+
+def pytest_collection_finish() -> None:
+    """Keep Python from looking for garbage among all that torch and pytest have made, again and again."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.freeze)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -90,12 +100,32 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
     except BaseException as caught:  # pytest's own outcomes are BaseExceptions; raised again below
         error = caught
     text = None if error is None else "".join(traceback.format_exception(error))
+    meet(MPI.COMM_WORLD)
     failures = {rank: text for rank, text in enumerate(MPI.COMM_WORLD.allgather(text)) if text is not None}
     if error is not None and len(failures) == MPI.COMM_WORLD.size:
         raise error
     if failures:
         pytest.fail("\n".join(f"--- rank {rank}:\n{text}" for rank, text in failures.items()), pytrace=False)
     return result
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_programs(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """Set the environment of the programs that a test starts.
+
+    They get a directory of their own for the memory that Open MPI's ranks share: it names its files after 16 bits of a
+    hash of the launcher's process id, so that of two jobs at the same time one in 65536 writes into the other's memory.
+    """
+    if UNDER_MPIRUN:
+        yield
+        return
+    for name, value in (ENVIRONMENT | QUICK_START).items():
+        monkeypatch.setenv(name, value)
+    with tempfile.TemporaryDirectory(
+        prefix="open-mpi-of-tests-", dir="/dev/shm", ignore_cleanup_errors=True
+    ) as directory:
+        monkeypatch.setenv("OMPI_MCA_btl_sm_backing_directory", directory)
+        yield
 
 
 @pytest.fixture
@@ -121,20 +151,16 @@ def any_comm(request: pytest.FixtureRequest) -> Generator[Any, None, None]:
 
 @pytest.fixture
 def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs a Python program on N ranks and returns what became of it."""
+    """Return a function that runs a Python program on N ranks and returns what became of it.
+
+    Without ``quick_start`` it runs as a user's program does, with torch's compiler.
+    """
 
     def run(
-        num_ranks: int, *args: str, timeout_s: float = 120, cwd: Path | None = None
+        num_ranks: int, *args: str, quick_start: bool = True, timeout_s: float = 120, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         launcher = str(Path(sys.executable).parent / "mpirun")
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-            **{
-                f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1" for prefix in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
-            },
-        }
+        environment = {name: value for name, value in os.environ.items() if quick_start or name not in QUICK_START}
         command = [launcher, "-n", str(num_ranks), sys.executable, *args]
         with subprocess.Popen(
             command,

@@ -1,11 +1,13 @@
-"""What the programs share that tests start on the ranks of an mpirun of their own."""
+"""What the programs find in their environment that tests start."""
 
-__all__ = ["WITHOUT_COMPILER"]
+from pathlib import Path
 
-# The first optimizer imports torch's compiler, for nothing here: half of the time that a rank takes to start.
-WITHOUT_COMPILER = """
-import sys, types
-sys.modules["torch._dynamo"] = types.SimpleNamespace(
-    disable=lambda function, *args, **kwargs: function, graph_break=lambda: None
-)
-"""
+__all__ = ["ENVIRONMENT", "QUICK_START"]
+
+# Open MPI wants to be told that root and more ranks than cores are meant.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    **{f"{prefix}_ALLOW_RUN_AS_ROOT{suffix}": "1" for prefix in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")},
+}
+QUICK_START = {"PYTHONPATH": str(Path(__file__).parent / "startup")}

@@ -50,7 +50,7 @@ def test_the_plot_is_drawn(tmp_path):
 def test_every_way_trains_under_mpirun(mpirun, tmp_path):
     place = tmp_path / "result.json"
     options = ("--rounds", "1", "--steps", "1", "--models", "small", "--json", str(place), "--contenders")
-    done = mpirun(2, STEP, *options, *CONTENDERS, timeout_s=110)
+    done = mpirun(2, STEP, *options, *CONTENDERS, quick_start=False, timeout_s=110)
     assert done.returncode == 0, done.stderr
     result = json.loads(place.read_text())
     assert result["configuration"]["ranks"] == 2

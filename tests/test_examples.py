@@ -60,7 +60,7 @@ def test_the_gpt_learns_the_same_curve_on_any_number_of_ranks_also_resumed(mpiru
 
 @pytest.mark.once
 def test_the_digits_are_recognised(mpirun):
-    done = mpirun(2, "-W", "error", str(EXAMPLES / "train_digits.py"))
+    done = mpirun(2, "-W", "error", str(EXAMPLES / "train_digits.py"), quick_start=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     accuracies = [float(percent) for percent in re.findall(r"accuracy ([\d.]+)%", done.stdout)]
     assert accuracies[-1] > 97
@@ -68,7 +68,7 @@ def test_the_digits_are_recognised(mpirun):
 
 def test_digits_are_loaded_with_heat_trained_and_evaluated_with_heat(mpirun):
     pytest.importorskip("heat", reason="Heat is not installed in this environment")
-    done = mpirun(3, str(EXAMPLES / "heat_classify.py"))
+    done = mpirun(3, str(EXAMPLES / "heat_classify.py"), quick_start=False)
     assert done.returncode == 0, done.stderr
     accuracy = float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1])
     assert accuracy > 88  # of writers that the training has not seen

@@ -14,7 +14,7 @@ def test_python_blocks_run(mpirun, num_ranks, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        done = mpirun(num_ranks, "-W", "error", "-c", block, cwd=tmp_path)
+        done = mpirun(num_ranks, "-W", "error", "-c", block, quick_start=False, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 

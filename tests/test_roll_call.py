@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from programs import WITHOUT_COMPILER
 
-PRELUDE = f"""{WITHOUT_COMPILER}
+PRELUDE = """
 import contextlib, sys, torch, dpoptim
 from mpi4py import MPI
 rank = MPI.COMM_WORLD.rank

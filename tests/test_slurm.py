@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from programs import ENVIRONMENT, QUICK_START
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "runuser")
@@ -85,9 +86,8 @@ class Cluster:
         self.path, self.munge = path, munge
         self.daemons = []
         self.environment = {key: value for key, value in os.environ.items() if key[:6] not in ("SLURM_", "OMPI_C")}
-        self.environment |= {"SLURM_CONF": str(path / "slurm.conf"), "PATH": SEARCH, "PYTHONPATH": str(ROOT)}
-        self.environment |= {f"{p}_ALLOW_RUN_AS_ROOT{s}": "1" for p in ("OMPI", "PRTE") for s in ("", "_CONFIRM")}
-        self.environment |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        self.environment |= {"SLURM_CONF": str(path / "slurm.conf"), "PATH": SEARCH}
+        self.environment |= {**ENVIRONMENT, **QUICK_START, "OMPI_MCA_btl_sm_backing_directory": str(path)}
 
     def start(self):
         text = CONFIGURATION.format(host=socket.gethostname(), path=self.path, munge=self.munge, ports=_free_ports(3))

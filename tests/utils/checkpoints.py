@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
+from meeting import meet
 from oracle import MODES, joined_batch, local_part, model_for, seeded, train
 from torch import nn
 
@@ -35,6 +36,7 @@ def agreed(world):
         yield
     except BaseException as caught:  # raised again below
         error = caught
+    meet(world)
     failed = world.allgather(error is not None)
     if error is not None:
         raise error

@@ -10,6 +10,7 @@ import pytest
 import safetensors
 import torch
 from checkpoints import MODES, Run, agreed, sub_communicators
+from meeting import meet
 from oracle import EVERY_OPTIMIZER, NAMES_AND_MODES, OPTIMIZERS, assert_same_parameters, seeded
 from test_state_dict import assert_same
 from torch import nn
@@ -51,7 +52,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, name, option
             run = Run(comms[n], name, options, mode=mode).train(3)
             checkpoint.save(path / str(n), **run.parts, step=run.step)
             state = _full_state(run.train(3))
-        world.Barrier()
+        meet(world)
         for m in comms:
             if comms[m] is not None:
                 # Where a divided bucket is cut decides which elements torch's vector loops round otherwise.
@@ -220,7 +221,7 @@ def test_random_numbers_are_derived_on_another_number_of_ranks(world, tmp_path):
     single = sub_communicators(world)[1]
     if single is not None:
         checkpoint.save(path, comm=single)
-    world.Barrier()
+    meet(world)
     checkpoint.load(path)
     numbers = world.allgather((torch.rand(1).item(), np.random.rand(), random.random()))
     checkpoint.load(path)
@@ -287,7 +288,7 @@ def test_what_a_killed_save_left_is_removed_and_never_taken(world, tmp_path):
             (path / name / "rank-00000.safetensors").write_bytes(b"half")
         (path / "checkpoint-00000009").mkdir()
         (path / "checkpoint-00000010").symlink_to(path / "checkpoint-00000001")
-    world.Barrier()
+    meet(world)
     assert checkpoint.latest(path).name == "checkpoint-00000001"
     assert checkpoint.load(path)["step"] == 1
     checkpoint.save(path, step=2)

@@ -40,15 +40,12 @@ while True:
 
 
 def _start(num_ranks, path, blocking):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    environment |= {f"{p}_ALLOW_RUN_AS_ROOT{s}": "1" for p in ("OMPI", "PRTE") for s in ("", "_CONFIRM")}
     launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(num_ranks)] if num_ranks > 1 else []
     return subprocess.Popen(
         [*launcher, sys.executable, "-c", PROGRAM, str(path), str(blocking)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         errors="replace",
-        env=environment,
     )
 
 

@@ -6,13 +6,10 @@ import signal
 import threading
 
 import pytest
-from programs import WITHOUT_COMPILER
 
 from dpoptim.utils import preemption
 
-PROGRAM = (
-    WITHOUT_COMPILER
-    + """
+PROGRAM = """
 import os, signal, sys, torch, dpoptim
 from mpi4py import MPI
 from dpoptim.utils import checkpoint, preemption
@@ -37,7 +34,6 @@ for step in range(100):
         print(f"<{comm.rank} saved step {step}>")
         sys.exit(preemption.EXIT_CODE)
 """
-)
 
 
 @pytest.mark.parametrize(
