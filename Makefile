@@ -25,17 +25,22 @@ HEAT_TORCH ?= 2.11.0
 PYTEST = -m pytest -q --color=no --durations=10
 KILLS ?= 50
 
-.PHONY: support train test lint test-openmpi test-mpich test-kills bench bench-heat bench-links bench-daso info check clean
+.PHONY: support train test lint test-openmpi test-openmpi-1 test-mpich test-mpich-1 test-kills bench bench-heat bench-links bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
 
-test: lint test-openmpi test-mpich
+# What keeps one core busy runs side by side, and all else after it.
+test: $(MAIN)/.test $(HEAT)/.test
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint test-openmpi-1 test-mpich-1
+	@$(MAKE) --no-print-directory TEST_RANKS="2 3 4" test-openmpi test-mpich
 
 lint: $(MAIN)/.test
 	$(MAIN)/bin/ruff check --quiet .
 	$(MAIN)/bin/ruff format --check --quiet .
 	$(MAIN)/bin/mypy
+
+TEST_RANKS ?= 1 2 3 4
 
 test-openmpi: $(MAIN)/.test
 	$(call run_tests,$(MAIN))
@@ -43,13 +48,23 @@ test-openmpi: $(MAIN)/.test
 test-mpich: $(HEAT)/.test
 	$(call run_tests,$(HEAT), and not once)
 
-# The tests that are not parallel, on a worker a core, then the parallel ones on every rank of 1 to 4 (tests/conftest.py).
-# Many start ranks of their own, so that more than four workers would only crowd each other.
+test-openmpi-1: $(MAIN)/.test
+	$(call run_parallel_tests,$(MAIN),,1)
+
+test-mpich-1: $(HEAT)/.test
+	$(call run_parallel_tests,$(HEAT), and not once,1)
+
+# The tests that are not parallel, on a worker a core, then the parallel ones on every rank (tests/conftest.py). Many
+# start ranks of their own, so that more than four workers would only crowd each other.
 define run_tests
 @echo "== $(1): $$($(1)/bin/python -m dpoptim info | sed -n 's/^MPI \{3,\}//p; s/^torch */torch /p' | paste -sd,)"
 OMP_NUM_THREADS=1 $(1)/bin/python $(PYTEST) -n auto --maxprocesses 4 --dist loadgroup -m "not parallel$(2)"
-@for n in 1 2 3 4; do \
-	echo "== mpirun -n $$n"; \
+$(call run_parallel_tests,$(1),$(2),$(TEST_RANKS))
+endef
+
+define run_parallel_tests
+@for n in $(3); do \
+	echo "== $(1): mpirun -n $$n"; \
 	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) -m "parallel$(2)" || exit 1; \
 done
 endef

@@ -117,7 +117,9 @@ class Recorder:
             RECORDS.mkdir(parents=True, exist_ok=True)
             path = RECORDS / f"{self._name}.json"
             before = {tuple(cell) for cell in json.loads(path.read_text())} if path.exists() else set()
-            path.write_text(json.dumps(sorted(before | self._shown), indent=0))
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(sorted(before | self._shown), indent=0))
+            partial.replace(path)  # whole at any time: another environment's tests may read it
 
 
 def recorder(num_ranks: int, rank: int) -> Recorder:
