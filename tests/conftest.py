@@ -114,7 +114,7 @@ def _environment_of_programs(monkeypatch: pytest.MonkeyPatch) -> Generator[None,
     """Set the environment of the programs that a test starts.
 
     They get a directory of their own for the memory that Open MPI's ranks share: it names its files after 16 bits of a
-    hash of the launcher's process id, so that of two jobs at the same time one in 65536 writes into the other's memory.
+    hash of the launcher's process id, so that two jobs at the same time may write into each other's memory and crash.
     """
     if UNDER_MPIRUN:
         yield

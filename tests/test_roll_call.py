@@ -48,7 +48,7 @@ train(model2, opt2)
 
 
 def test_all_ranks_leaving_together_is_no_error(mpirun):
-    done = _run(mpirun, 3, "print('bye')")
+    done = mpirun(3, "-c", PRELUDE + "print('bye')", quick_start=False)  # nothing of its end is left out
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.count("bye") == 3
 
