@@ -110,7 +110,7 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _environment_of_programs(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+def _environment_of_programs() -> Generator[None, None, None]:
     """Set the environment of the programs that a test starts.
 
     They get a directory of their own for the memory that Open MPI's ranks share: it names its files after 16 bits of a
@@ -119,12 +119,14 @@ def _environment_of_programs(monkeypatch: pytest.MonkeyPatch) -> Generator[None,
     if UNDER_MPIRUN:
         yield
         return
-    for name, value in (ENVIRONMENT | QUICK_START).items():
-        monkeypatch.setenv(name, value)
-    with tempfile.TemporaryDirectory(
-        prefix="open-mpi-of-tests-", dir="/dev/shm", ignore_cleanup_errors=True
-    ) as directory:
-        monkeypatch.setenv("OMPI_MCA_btl_sm_backing_directory", directory)
+    # Not by the test's own monkeypatch, which a test may have change how files are removed.
+    with (
+        tempfile.TemporaryDirectory(prefix="open-mpi-of-tests-", dir="/dev/shm") as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        own_memory = {"OMPI_MCA_btl_sm_backing_directory": directory}
+        for name, value in (ENVIRONMENT | QUICK_START | own_memory).items():
+            patch.setenv(name, value)
         yield
 
 
