@@ -3,8 +3,7 @@
     python examples/train_gpt.py                 # one process
     mpirun -n 2 python examples/train_gpt.py     # two ranks share each batch: the same curve in less time
 
-Started again, it resumes from its last checkpoint, on any number of ranks. A SIGTERM or SIGUSR1 to any rank makes it
-save and leave with exit status 75, as jobs that are preempted should: see slurm/.
+Started again it resumes, on any number of ranks. SIGTERM or SIGUSR1 to a rank: all save and leave with 75, see slurm/.
 """
 
 import argparse
@@ -78,7 +77,6 @@ torch.manual_seed(args.seed)
 model = GPT(args.context)
 optimizer = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.named_parameters(), lr=4e-3, weight_decay=0.1))
 scheduler = dpoptim.lr_scheduler.OneCycleLR(optimizer, 4e-3, args.steps, pct_start=0.15, cycle_momentum=False)
-
 parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 saved = checkpoint.load(args.output, **parts, missing_ok=True)
 done, history = (saved["step"], saved["history"]) if saved else (0, {"train": [], "validation": []})
@@ -86,8 +84,9 @@ stop = preemption.StopSignal(optimizer)
 
 steps = range(done + 1, args.steps + 1)
 progress = tqdm(steps, unit=" tokens", unit_scale=args.batch_size * args.context, disable=comm.rank > 0 or not steps)
-if done and comm.rank == 0:
-    progress.write(f"{args.output}: {'resumed' if steps else 'finished already'} at step {done}")
+say = progress.write if comm.rank == 0 else lambda _: None
+if done:
+    say(f"{args.output}: {'resumed' if steps else 'finished already'} at step {done}")
 for step in progress:
     starts = np.random.default_rng((args.seed, step)).integers(len(train) - args.context, size=args.batch_size)
     windows = train[torch.from_numpy(starts)[comm.rank :: comm.size, None] + torch.arange(args.context + 1)]
@@ -102,13 +101,11 @@ for step in progress:
         progress.set_postfix(loss=history["train"][-1][1], lr=scheduler.get_last_lr()[0])
     if step % args.eval_every == 0 or step == args.steps:
         history["validation"].append((step, evaluate(model, validation, args.context, comm)))
-        if comm.rank == 0:
-            progress.write(f"step {step}: validation loss {history['validation'][-1][1]:.4f}")
+        say(f"step {step}: validation loss {history['validation'][-1][1]:.4f}")
     if step % args.eval_every == 0 or step == args.steps or stop.should_stop:
         checkpoint.save(args.output, **parts, step=step, history=history, keep=2)
     if stop.should_stop and step < args.steps:
-        if comm.rank == 0:
-            progress.write(f"{args.output}: stopped by a signal, saved step {step}")
+        say(f"{args.output}: stopped by a signal, saved step {step}")
         sys.exit(preemption.EXIT_CODE)
 
 if comm.rank == 0:

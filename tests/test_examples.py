@@ -76,4 +76,4 @@ def test_digits_are_loaded_with_heat_trained_and_evaluated_with_heat(mpirun):
 
 @pytest.mark.parametrize("name", ["train_gpt.py", "train_digits.py", "heat_classify.py"])
 def test_examples_are_short(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) < 130
+    assert len((EXAMPLES / name).read_text().splitlines()) < 120
