@@ -26,7 +26,7 @@ import pytest
 import support
 import torch
 from meeting import meet
-from programs import ENVIRONMENT, QUICK_START
+from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 if UNDER_MPIRUN:
@@ -124,8 +124,7 @@ def _environment_of_programs() -> Generator[None, None, None]:
         tempfile.TemporaryDirectory(prefix="open-mpi-of-tests-", dir="/dev/shm") as directory,
         pytest.MonkeyPatch.context() as patch,
     ):
-        own_memory = {"OMPI_MCA_btl_sm_backing_directory": directory}
-        for name, value in (ENVIRONMENT | QUICK_START | own_memory).items():
+        for name, value in (ENVIRONMENT | QUICK_START | {OPEN_MPI_DIRECTORY: directory}).items():
             patch.setenv(name, value)
         yield
 

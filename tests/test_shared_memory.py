@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import OPEN_MPI_DIRECTORY
 
 import dpoptim.shared_memory
 from dpoptim.communicator import Communicator
@@ -192,6 +193,15 @@ def test_without_memory_messages_give_the_same_and_the_reason_is_told(world, mon
 
 def _refuse(*_):
     raise OSError("no map")
+
+
+@pytest.mark.once  # with Open MPI
+def test_a_job_of_a_test_has_open_mpis_memory_to_itself(mpirun):
+    done = mpirun(2, "-c", "from mpi4py import MPI\nprint(open('/proc/self/maps').read())")
+    assert done.returncode == 0, done.stderr
+    segments = {line.split()[-1] for line in done.stdout.splitlines() if "/sm_segment" in line}
+    assert len(segments) == 2
+    assert {str(Path(name).parent) for name in segments} == {os.environ[OPEN_MPI_DIRECTORY]}
 
 
 @pytest.mark.once  # with Open MPI: MPICH itself dies of a small /dev/shm

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ENVIRONMENT, QUICK_START
+from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "runuser")
@@ -87,7 +87,7 @@ class Cluster:
         self.daemons = []
         self.environment = {key: value for key, value in os.environ.items() if key[:6] not in ("SLURM_", "OMPI_C")}
         self.environment |= {"SLURM_CONF": str(path / "slurm.conf"), "PATH": SEARCH}
-        self.environment |= {**ENVIRONMENT, **QUICK_START, "OMPI_MCA_btl_sm_backing_directory": str(path)}
+        self.environment |= {**ENVIRONMENT, **QUICK_START, OPEN_MPI_DIRECTORY: str(path)}
 
     def start(self):
         text = CONFIGURATION.format(host=socket.gethostname(), path=self.path, munge=self.munge, ports=_free_ports(3))

@@ -1,4 +1,4 @@
-"""Python runs this first in the programs that tests start, hundreds of times: half of their time to start and to end.
+"""Python runs this first in the programs that tests start, hundreds of times, to leave out what they do not need.
 
 The first optimizer imports torch's compiler, which none of them uses; and at its end Python looks for garbage among
 all the objects that torch has made.
