@@ -29,7 +29,7 @@ _HELD_OUT = [(1, 4, None), (2, 1, "600mbit"), (2, 2, "300mbit"), (3, 1, "1gbit")
 # A model of which no measurement is fitted, not even those of the places above.
 _HELD_OUT_MODEL = "transformer"
 
-_ALONE_BYTES = 1 << 19  # as in dpoptim/reducer.py: a gradient of so many bytes travels alone
+_ALONE_BYTES = 1 << 19  # as in dpoptim/gradient_home.py: between nodes a gradient of so many bytes travels alone
 _IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15  # as in dpoptim/messages.py: what goes in pieces between nodes
 _LOCAL_STEPS = 16
 # Assumed, not measured: what a message between real hosts takes; and that a fast network reads memory by itself.

@@ -1,12 +1,13 @@
 """Bucket: gradients that travel together, as one flat tensor. No communication here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dpoptim.gradient_home import Home, is_large
 from dpoptim.partition import pieces_within, start_offsets
 
 __all__ = ["Bucket", "Division"]
@@ -46,7 +47,8 @@ class Bucket:
 
     A bucket of a single contiguous gradient has no buffer: the gradient's own memory is ``flat``, and nothing is
     copied. A gradient in a buffer of several is copied in by :meth:`pack` and back out by :meth:`unpack`, so that
-    ``p.grad`` is never a view of memory that the next backward writes to.
+    ``p.grad`` is never a view of memory that the next backward writes to. In memory that was given by :meth:`lie_in`
+    large gradients are at home (Note [Homes] in gradient_home.py), and are not copied either.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ class Bucket:
     own_pieces : list of Piece
         What of each gradient is in this rank's part.
     flat : Tensor, 1-d
-        What to reduce, in place; valid from :meth:`pack` to :meth:`release`.
+        What to reduce, in place; valid from :meth:`pack` to :meth:`release`, as are the gradients that were packed.
     scale : float
         What ``flat`` is still to be multiplied with.
     num_pending : int
@@ -80,11 +82,19 @@ class Bucket:
         self.scale = 1.0
         self.shapes = [parameter.shape for parameter in parameters]
         self._numels = [parameter.numel() for parameter in parameters]
+        self._have_homes = [parameter.is_contiguous() and is_large(parameter) for parameter in parameters]
         self._buffer: Tensor | None = None
-        self._views: list[Tensor] = []
+        self._places: list[Tensor] = []  # in the buffer
+        self._own_places: list[Tensor] = []
+        self._homes: list[Home | None] = []
+        # Of what is packed: which gradients were copied, themselves, and where to.
+        self._copied: Sequence[int] = ()
+        self._gradients: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self.division = division
         whole = (0, self.numel) if division is None else (division.start, division.stop)
         self.own_pieces = pieces_within(self._numels, *whole)
+        self._own_positions = [piece.position for piece in self.own_pieces]
         self._cut = {piece.position for piece in self.own_pieces if piece.numel != self._numels[piece.position]}
 
     @property
@@ -100,6 +110,27 @@ class Bucket:
     def fits(self, gradient: Tensor) -> bool:
         """Whether a gradient has this bucket's dtype and device, and is dense."""
         return gradient.dtype == self.dtype and gradient.device == self.device and not gradient.is_sparse
+
+    def lie_in(self, tensor_at: Callable[[torch.dtype, Sequence[int], int], Tensor]) -> dict[int, Home]:
+        """Have buffer and large gradients lie in given memory; not between :meth:`pack` and :meth:`release`.
+
+        Parameters
+        ----------
+        tensor_at : callable
+            Returns a tensor of a dtype and shape so many bytes behind the start of this memory, with a storage of its
+            own.
+
+        Returns
+        -------
+        dict of int to Home
+            The homes of large gradients, by the caller's numbers of their parameters.
+        """
+        self._use_buffer(tensor_at(self.dtype, [self.numel], 0))
+        self._homes, offset_bytes = [], 0
+        for has_home, shape, numel in zip(self._have_homes, self.shapes, self._numels, strict=True):
+            self._homes.append(Home(tensor_at(self.dtype, shape, offset_bytes)) if has_home else None)
+            offset_bytes += numel * self.dtype.itemsize
+        return {index: home for index, home in zip(self.indices, self._homes, strict=True) if home is not None}
 
     def pack(self, gradients: Sequence[Tensor | None], scale: float, *, scaled: bool = True) -> bool:
         """Bring the gradients into ``flat``; those that are absent or do not fit count as zero. Under ``no_grad``.
@@ -118,31 +149,31 @@ class Bucket:
         bool
             Whether every gradient that is there fits the bucket.
         """
-        fitting = self._those_that_fit(gradients)
-        if len(fitting) == 1 and fitting[0] is not None and fitting[0].is_contiguous():
-            self.flat = fitting[0].view(-1)
+        all_fit = True
+        if not self._homes and len(gradients) == 1 and self._can_be_flat(gradients[0]):
+            assert gradients[0] is not None
+            self.flat = gradients[0].view(-1)
+            self._copied, self._gradients, self._copies = (), [], []
         else:
-            self.flat = self._filled_buffer(fitting)
+            all_fit = self._fill(gradients)
         if scaled and scale != 1.0:
             self.flat.mul_(scale)
         self.scale = 1.0 if scaled else scale
-        return all(a is b for a, b in zip(fitting, gradients, strict=True))
+        return all_fit
 
-    def unpack(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy ``flat``, or this rank's part, back into those gradients that are there and fit. Under ``no_grad``."""
-        if self.flat is not self._buffer:
+    def unpack(self) -> None:
+        """Copy ``flat``, or this rank's part, back into the gradients that were copied. Under ``no_grad``."""
+        if not self._copied:
             return
-        fitting = self._those_that_fit(gradients)
         if self.division is None:  # all of each gradient; short, since there may be hundreds
-            present = [(g, v) for g, v in zip(fitting, self._views, strict=True) if g is not None]
-            if present:
-                torch._foreach_copy_([g for g, _ in present], [v for _, v in present])
+            torch._foreach_copy_(self._gradients, self._copies)
             return
+        copied = dict(zip(self._copied, zip(self._gradients, self._copies, strict=True), strict=True))
         targets, sources = [], []
         for piece in self.own_pieces:
-            target, source = fitting[piece.position], self._views[piece.position]
-            if target is None:
+            if piece.position not in copied:
                 continue
+            target, source = copied[piece.position]
             if piece.position in self._cut and target.is_contiguous():
                 target, source = (tensor.detach().view(-1)[piece.start : piece.stop] for tensor in (target, source))
             targets.append(target)
@@ -150,32 +181,100 @@ class Bucket:
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def own_gradients(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return this rank's part of the gradients as they are now, flat; of meaning where there is one.
+
+        It shares memory with those that are not copied, and is valid until the next :meth:`pack`. Under ``no_grad``.
+        """
+        assert self.division is not None
+        if not self._homes and len(gradients) == 1 and gradients[0] is not None:
+            return gradients[0].reshape(-1)[self.division.start : self.division.stop]
+        if self._buffer is None:
+            self._use_buffer(torch.empty(self.numel, dtype=self.dtype, device=self.device))
+        assert self._buffer is not None
+        own, places = self._buffer[self.division.start : self.division.stop], self._own_places
+        away = [i for i in self._own_positions if gradients[i] is not None and not self._is_at_home(i, gradients[i])]
+        if not self._are_free(away):  # all is copied to elsewhere
+            own = torch.empty_like(own)
+            places = self._own_places_in(own)
+            away = [i for i in self._own_positions if gradients[i] is not None]
+        if not away:
+            return own
+        wanted, targets, sources = set(away), [], []
+        for piece, place in zip(self.own_pieces, places, strict=True):
+            gradient = gradients[piece.position]
+            if gradient is None or piece.position not in wanted:
+                continue
+            targets.append(place)
+            sources.append(gradient.reshape(-1)[piece.start : piece.stop] if piece.position in self._cut else gradient)
+        torch._foreach_copy_(targets, sources)
+        return own
+
     def release(self) -> None:
         """Let go of the gradient that ``flat`` may be, or the next backward would find its memory taken."""
         self.flat = self.flat.new_empty(0)
+        self._copied, self._gradients, self._copies = (), [], []
 
     def reduced(self, position: int) -> Tensor:
         """Return a new tensor with the reduced gradient at this position, for a parameter that had none here."""
         flat = torch.split(self.flat, self._numels)[position]
         return flat.view(self.shapes[position]).clone()
 
-    def _those_that_fit(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Put None for gradients that do not fit; as :meth:`fits`, of which hundreds of calls would be felt."""
+    def _can_be_flat(self, gradient: Tensor | None) -> bool:
+        return gradient is not None and self.fits(gradient) and gradient.is_contiguous()
+
+    def _fill(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Make ``flat`` of the buffer, and of copies of what does not lie there; return whether all fit."""
+        if self._buffer is None:
+            self._use_buffer(torch.empty(self.numel, dtype=self.dtype, device=self.device))
+        assert self._buffer is not None
+        self.flat, places = self._buffer, self._places
+        positions: Sequence[int] = range(len(gradients))
+        if self._homes:
+            positions = [i for i in positions if not self._is_at_home(i, gradients[i])]
+            if not self._are_free(positions):
+                self.flat = torch.empty_like(self._buffer)
+                places, positions = self._places_in(self.flat), range(len(gradients))
+        # as `fits`, of which hundreds of calls would be felt
         dtype, device = self.dtype, self.device
+        copied = [
+            i
+            for i in positions
+            if (g := gradients[i]) is not None and g.dtype == dtype and g.device == device and not g.is_sparse
+        ]
+        self._copied, self._copies = copied, [places[i] for i in copied]
+        self._gradients = [g for i in copied if (g := gradients[i]) is not None]
+        if copied:
+            torch._foreach_copy_(self._copies, self._gradients)
+        if len(copied) == len(positions):
+            return True
+        missing = sorted(set(positions).difference(copied))
+        torch._foreach_zero_([places[i] for i in missing])
+        return all(gradients[i] is None for i in missing)
+
+    def _use_buffer(self, buffer: Tensor) -> None:
+        self._buffer, self._places = buffer, self._places_in(buffer)
+        if self.division is not None:
+            self._own_places = self._own_places_in(buffer[self.division.start : self.division.stop])
+
+    def _own_places_in(self, own: Tensor) -> list[Tensor]:
+        """Return where the pieces of this rank's part lie in it, in the gradient's shape if that is whole."""
+        places = [own[piece.offset : piece.offset + piece.numel] for piece in self.own_pieces]
         return [
-            g if g is not None and g.dtype == dtype and g.device == device and not g.is_sparse else None
-            for g in gradients
+            place if piece.position in self._cut else place.view(self.shapes[piece.position])
+            for piece, place in zip(self.own_pieces, places, strict=True)
         ]
 
-    def _filled_buffer(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        if self._buffer is None:
-            self._buffer = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-            parts = torch.split(self._buffer, self._numels)
-            self._views = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        present = [(v, g) for v, g in zip(self._views, gradients, strict=True) if g is not None]
-        absent = [v for v, g in zip(self._views, gradients, strict=True) if g is None]
-        if present:
-            torch._foreach_copy_([v for v, _ in present], [g for _, g in present])
-        if absent:
-            torch._foreach_zero_(absent)
-        return self._buffer
+    def _places_in(self, flat: Tensor) -> list[Tensor]:
+        parts = torch.split(flat, self._numels)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _is_at_home(self, position: int, gradient: Tensor | None) -> bool:
+        if not self._homes or gradient is None:
+            return False
+        home = self._homes[position]
+        return home is not None and home.has(gradient)
+
+    def _are_free(self, positions: Iterable[int]) -> bool:
+        """Whether nobody holds what has last lain in these gradients' places."""
+        return all(home.is_free() for i in positions if self._homes and (home := self._homes[i]) is not None)

@@ -5,7 +5,7 @@ the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dp
 The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
 get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. One that has a true
 attribute ``defers`` as well does nothing but start a sum of the communicator's with this scale; it may be called before
-all ranks have answered (:meth:`~dpoptim.communicator.Communicator.announced`). Any other may block or not;
+all ranks have answered (:meth:`~dpoptim.communicator.Communicator.announce_by`). Any other may block or not;
 ``bucket.flat`` is its own until ``Work.wait`` returns, and must then hold the same bits on every rank.
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and

@@ -1,9 +1,8 @@
 """Communicator: collectives on torch tensors of any dtype, size and device, beside the computation if asked for."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from dpoptim import messages
 from dpoptim.device_memory import host_memory, on_same_stream
 from dpoptim.errors import abort_on_uncaught_exception
 from dpoptim.exchange import DONE, Exchange, Work
+from dpoptim.lent_memory import LentMemory
 from dpoptim.messages import Messages, Pending, PendingSum
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import MAX_NOTED, PeerMemory
@@ -20,6 +20,8 @@ from dpoptim.small_sums import SmallSum
 from dpoptim.topology import Topology
 
 __all__ = ["Communicator", "Work"]
+
+_Result = TypeVar("_Result")
 
 
 class _Submitted:
@@ -184,6 +186,29 @@ class Communicator:
                 own.copy_(_flat(tensor))
         return self._run(self._exchange.all_gather, (flat,), counts, async_op=async_op)
 
+    def prepare_all_gathers(self, outputs: Sequence[tuple[Tensor, Sequence[int]]]) -> "Callable[[], Sequence[Work]]":
+        """Return what starts :meth:`all_gather` of each of these outputs; local, calling it is collective.
+
+        What can be found out beforehand is, so that it may be called at every step for little. This rank's parts are in
+        their places.
+
+        Parameters
+        ----------
+        outputs : sequence of (Tensor, sequence of int)
+            Tensors and the elements of each rank's part.
+        """
+        flat = [(_flat(output), self._checked_counts(None, output, counts)) for output, counts in outputs]
+        peers = self._deferring()
+        if peers is None or not all(tensor.device.type == "cpu" for tensor, _ in flat):
+            return lambda: [self._run(self._exchange.all_gather, (t,), counts, async_op=True) for t, counts in flat]
+        note = peers.prepare_all_gathers(flat)
+
+        def start() -> list[Work]:
+            note()
+            return [peers]
+
+        return start
+
     def broadcast(self, tensor: Tensor, *, root: int = 0, async_op: bool = False) -> Work:
         """Copy rank ``root``'s ``tensor`` to all ranks, in place; collective. Any dtype."""
         if not 0 <= root < self.world_size:
@@ -201,22 +226,20 @@ class Communicator:
     def defers(self, count: int, dtypes: Iterable[torch.dtype]) -> bool:
         """Whether that many sums of CPU tensors with ``async_op=True`` do nothing before the first is waited for.
 
-        Then a meeting of all ranks can serve them (:meth:`announced`). Not before the node's memory was first used.
+        Then a meeting of all ranks can serve them (:meth:`announce_by`). Not before the node's memory was first used.
         """
         peers = self._deferring()
         return peers is not None and 0 < count < MAX_NOTED and all(sums(dtype.to_real()) for dtype in dtypes)
 
-    @contextlib.contextmanager
-    def announced(self) -> Iterator[None]:
-        """Meet all ranks within, by a roll call: what was deferred needs no such meeting of its own; collective.
+    def announce_by(self, meet: Callable[[], _Result]) -> _Result:
+        """Meet all ranks by ``meet()``, so that what was deferred needs no such meeting of its own; collective.
 
         All that was started with ``async_op=True`` was deferred (:meth:`defers`), and is waited for before more is
-        started. If the meeting fails, as it does on all ranks alike, it never begins.
+        started. If the meeting fails, as it does on all ranks alike, it never begins. Returns what ``meet()`` returns.
         """
         peers = self._deferring()
         assert peers is not None
-        with peers.announced():
-            yield
+        return peers.announce_by(meet)
 
     def divide_deferred(self, divisor: float) -> None:
         """Divide the scales of all sums that are deferred, by the same on all ranks; local."""
@@ -239,13 +262,14 @@ class Communicator:
         numbers : callable
             Returns what to sum; called when the works are done, whose tensors it may read and not write to.
         """
-        with contextlib.ExitStack() as stack:
-            peers = self._deferring()
-            if peers is not None:
-                stack.enter_context(peers.left_open())
+
+        def wait_and_sum() -> list[float]:
             for work in works:
                 work.wait()
             return self.start_sum(numbers()).wait()
+
+        peers = self._deferring()
+        return wait_and_sum() if peers is None else peers.end_by(wait_and_sum)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
@@ -300,6 +324,18 @@ class Communicator:
             On every rank, if a node has none.
         """
         return self._exchange.share_in_node(num_bytes)
+
+    def lends(self) -> bool:
+        """Whether tensors are summed faster in memory of :meth:`lend`; collective at first."""
+        return self._thread is None and self._exchange.lends()
+
+    def lend(self, num_bytes: int) -> LentMemory | None:
+        """Return memory that all ranks map, if there is any, instead of what was lent before; collective, blocks.
+
+        Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes nothing is lent
+        any more; local then, between the same collectives of all ranks. No collective is under way.
+        """
+        return self._exchange.lend(num_bytes)
 
     def node_memory(self) -> str:
         """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""

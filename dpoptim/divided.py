@@ -11,6 +11,8 @@ there is one before the step as well: nobody writes to parameters that another r
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.node_shared import NodeShared
 from dpoptim.preconditions import needs_closure
-from dpoptim.sharded_step import Part, ShardedStep, State, is_elementwise
+from dpoptim.sharded_step import Outputs, ShardedStep, State, is_elementwise
 from dpoptim.sharding import Sharding
 from dpoptim.utils.state_dict import Form, Slices, is_slice
 
@@ -59,6 +61,20 @@ def divided(
     return Divided(optimizer, communicator, memory)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """How the parameters are gathered that these outputs are of."""
+
+    outputs: Sequence[Outputs]
+    defers: bool
+    start: Callable[[], Sequence[Work]]
+
+    def is_for(self, outputs: Sequence[Outputs], *, defers: bool) -> bool:
+        """Whether nothing has changed."""
+        is_same = len(outputs) == len(self.outputs) and all(map(is_, outputs, self.outputs))
+        return is_same and defers == self.defers
+
+
 class Divided:
     """The divided step of one optimizer, its memory and its state.
 
@@ -78,6 +94,7 @@ class Divided:
         self._by_element = is_elementwise(optimizer)
         self._step = ShardedStep(optimizer, by_element=self._by_element)
         self._memory = memory
+        self._prepared: _Prepared | None = None
         topology, node_shared = communicator.topology, memory is not None
         self.sharding = Sharding(
             num_owners=min(map(len, topology.nodes)) if node_shared else communicator.world_size,
@@ -140,16 +157,17 @@ class Divided:
             meet(f"a step that failed: {_described(failure)}")
             raise failure
         parts = self._step.parts(buckets)
+        outputs = [part.to_gather() for part in parts]
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
-        if on_host and self._communicator.defers(len(parts), ()):
-            works = self._start_exchange(parts)
-            with self._communicator.announced():
-                meet("a step")
+        if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
+            works = self._start_gathers(outputs, defers=True)
+            self._communicator.announce_by(lambda: meet("a step"))
         else:
             meet("a step")
-            works = self._start_exchange(parts)
-        for part, work in zip(parts, works, strict=True):
+            works = self._start_gathers(outputs, defers=False)
+        for work in works:
             work.wait()
+        for part in parts:
             part.gathered()
 
     def _check_all(self, failure: Exception | None) -> None:
@@ -163,9 +181,12 @@ class Divided:
         rank, text = next((rank, text) for rank, text in enumerate(failures) if text is not None)
         raise raised_on_all_ranks(RuntimeError(f"rank {rank} had a step that failed: {text}"))
 
-    def _start_exchange(self, parts: Sequence[Part]) -> list[Work]:
-        all_gather = self._communicator.all_gather
-        return [all_gather(part.to_gather(), counts=part.division.counts, async_op=True) for part in parts]
+    def _start_gathers(self, outputs: Sequence[Outputs], *, defers: bool) -> Sequence[Work]:
+        prepared = self._prepared
+        if prepared is None or not prepared.is_for(outputs, defers=defers):
+            start = self._communicator.prepare_all_gathers([output for some in outputs for output in some])
+            prepared = self._prepared = _Prepared(outputs, defers, start)
+        return prepared.start()
 
     # ---------------------------------------------------------------- gradients
 

@@ -58,6 +58,7 @@ class DividedReducer(Reducer):
         self.sleeping_buckets: list[Bucket] = []
         self._sharding = sharding
         self._put_aside: dict[int, Tensor] = {}
+        self._without_mark: set[int] = set()
 
     @property
     def all_buckets(self) -> list[Bucket]:
@@ -75,6 +76,7 @@ class DividedReducer(Reducer):
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
         self._put_aside.clear()
+        self._without_mark.clear()
 
     def before_adding(self, index: int) -> None:
         """Put a gradient's own part aside, if it was reduced in part; called before autograd adds to it."""
@@ -82,6 +84,8 @@ class DividedReducer(Reducer):
         if gradient is None or getattr(gradient, _MARK, None) != _REDUCED:
             return
         setattr(gradient, _MARK, _PUT_ASIDE)
+        if torch.is_grad_enabled():  # autograd is asked for a graph of the gradient, and adds into a new tensor
+            self._without_mark.add(index)
         piece = self._own_piece(index)
         with torch.no_grad():
             if piece is not None:
@@ -94,11 +98,15 @@ class DividedReducer(Reducer):
                     self._put_aside[index] = whole
             gradient.zero_()
 
-    def on_gradient(self, index: int) -> None:
-        """Take note that a parameter's gradient is ready; called by autograd."""
-        if index in self._put_aside:  # autograd adds into a new tensor if asked for a graph of the gradient
-            setattr(self._parameters[index].grad, _MARK, _PUT_ASIDE)
-        super().on_gradient(index)
+    @property
+    def has_put_aside(self) -> bool:
+        """Whether parts of gradients are put aside."""
+        return bool(self._put_aside)
+
+    def before_making(self, index: int) -> None:
+        """Forget what was put aside of a gradient that is gone; called before autograd makes another."""
+        self._put_aside.pop(index, None)
+        self._without_mark.discard(index)
 
     def _prepare(self) -> None:
         for index in set(range(len(self._parameters))).difference(self._arrived):
@@ -107,11 +115,12 @@ class DividedReducer(Reducer):
     def _add_what_was_put_aside(self) -> None:
         for index, part in self._put_aside.items():
             gradient, piece = self._parameters[index].grad, self._own_piece(index)
-            if gradient is None or piece is None or getattr(gradient, _MARK, None) != _PUT_ASIDE:
+            is_sum = index in self._without_mark or getattr(gradient, _MARK, None) == _PUT_ASIDE
+            if gradient is None or piece is None or not is_sum:
                 continue  # it was set to None in between
             whole = part.shape == gradient.shape
             (gradient if whole else gradient.view(-1)[piece.start : piece.stop]).add_(part)
-        self._put_aside.clear()
+        self.note_cleared()
 
     def _plan_for(self, start: int, groups: Sequence[int]) -> None:
         """Divide the new parameters; those that are frozen sleep."""
@@ -122,9 +131,12 @@ class DividedReducer(Reducer):
         ]
         trained = [entry for entry in entries if entry.parameter.requires_grad]
         frozen = [entry for entry in entries if not entry.parameter.requires_grad]
-        for bucket in self._sharding.divide(trained, self._bucket_bytes):
+        have_homes = self._have_homes(entry.index for entry in entries)
+        for bucket in self._sharding.divide(trained, self._bucket_bytes, have_homes=have_homes):
             self._rouse(bucket)
-        self.sleeping_buckets += self._sharding.divide(frozen, self._bucket_bytes)
+        self.sleeping_buckets += self._sharding.divide(frozen, self._bucket_bytes, have_homes=have_homes)
+        if have_homes:
+            self._find_homes()
         self._order = [index for bucket in self._buckets for index in bucket.indices]
 
     def _flags(self, had_gradient: bytes) -> list[float]:
@@ -134,7 +146,8 @@ class DividedReducer(Reducer):
 
     def _settle(self, reports: Sequence[Report] | None, flags: Sequence[float]) -> None:
         num_not_finite = flags[1]
-        if reports is not None and self._wake(reports):
+        has_woken = reports is not None and self._wake(reports)
+        if has_woken:
             num_not_finite += self._take_over_woken()
         self._add_what_was_put_aside()
         if num_not_finite and self._is_finite:
@@ -142,6 +155,8 @@ class DividedReducer(Reducer):
         for parameter in self._parameters:
             if parameter.grad is not None:
                 setattr(parameter.grad, _MARK, _REDUCED)
+        if has_woken and self._have_homes(self._place):
+            self._find_homes()
 
     def _own_piece(self, index: int) -> Piece | None:
         """Return what this rank owns of a parameter."""
@@ -189,7 +204,7 @@ class DividedReducer(Reducer):
 
         (num_not_finite,) = self._finish(launched, are_not_finite)
         for bucket in woken:
-            bucket.unpack(self._gradients(bucket))
+            bucket.unpack()
         self._give_gradients()
         self._is_finite = self._is_finite and _are_finite([bucket.own for bucket in woken])
         return num_not_finite
@@ -215,15 +230,16 @@ def _before_adding(reducer: DividedReducer, index: int, parameter: Tensor) -> An
 
 
 class _BeforeAdding:
-    """Tells a reducer that autograd is about to add to a gradient; nothing if there is none, as is usual."""
+    """Tells a reducer that autograd is about to make a gradient or to add to it."""
 
     def __init__(self, reducer: DividedReducer, index: int, parameter: Tensor) -> None:
-        self._before_adding = reducer.before_adding
-        self._index, self._parameter = index, parameter
+        self._reducer, self._index, self._parameter = reducer, index, parameter
 
     def __call__(self, _: Tensor) -> None:
         if self._parameter.grad is not None:
-            self._before_adding(self._index)
+            self._reducer.before_adding(self._index)
+        elif self._reducer.has_put_aside:
+            self._reducer.before_making(self._index)
 
 
 def _are_finite(parts: Sequence[Tensor]) -> bool:

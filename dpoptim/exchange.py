@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpoptim.lent_memory import LentMemory
 from dpoptim.messages import Messages, PendingSum
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
@@ -226,6 +227,30 @@ class Exchange:
         self._find_ways()
         why_not = self._why_no_ways or self._why_no_peers
         return "yes" if why_not is None else f"no ({why_not})"
+
+    def lends(self) -> bool:
+        """Whether all ranks are of one node and read each other's memory; collective at first."""
+        if self.topology.num_nodes > 1 or self._world_size == 1:
+            return False
+        ways = self._find_ways()
+        return ways is not None and ways.peers is not None
+
+    def lend(self, num_bytes: int) -> LentMemory | None:
+        """Return memory for what is to be summed, if there is any, instead of what was lent before; collective.
+
+        With 0 bytes nothing is lent any more; local then. No collective is under way.
+        """
+        peers = None if self._ways is None else self._ways.peers
+        if peers is None:
+            return None
+        peers.take_back()
+        if not num_bytes:
+            return None
+        try:
+            return peers.lend(num_bytes)
+        except OSError as error:
+            logger.info("gradients lie in private memory: %s (rank %d)", error, self._rank)
+            return None
 
     def free(self) -> None:
         """Give back MPI's communicators and the shared memory."""

@@ -72,7 +72,8 @@ class DataParallelOptimizer(Optimizer):
         The model. Its buffers and its frozen parameters are broadcast too, its names appear in error messages, and
         :meth:`average_buffers` becomes available.
     bucket_mb : float
-        Small gradients are sent together, at most so many MiB at once; at most half a MiB beside backward.
+        Small gradients, and on one node large ones, are sent together, at most so many MiB at once; at most half a MiB
+        beside backward.
     overlap : "auto" or bool
         Whether gradients are sent by a thread of their own while backward goes on (needs MPI_THREAD_MULTIPLE and a
         core to spare), or when backward ends. ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
@@ -246,7 +247,13 @@ class DataParallelOptimizer(Optimizer):
         """Reset all gradients, as the wrapped optimizer does; nothing while they are being accumulated."""
         if self._reducer.num_accumulated:
             return
-        self._optimizer.zero_grad(set_to_none)
+        is_torchs = type(self._optimizer).zero_grad is Optimizer.zero_grad
+        if set_to_none and is_torchs and not torch._C._autograd._profiler_enabled():
+            # Without its mark for the profiler and its look at each gradient, which take longer than this.
+            for parameter in self._parameters():
+                parameter.grad = None
+        else:
+            self._optimizer.zero_grad(set_to_none)
         self._reducer.note_cleared()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 Note [Reading each other's memory]
 ----------------------------------
 Linux copies from the memory of another process of the same user (process_vm_readv(2), "cross-memory attach"; what MPIs
-do for large messages). Where the ranks of a node may do that, nothing passes through memory that they share but
+do for large messages). Where the ranks of a node may do that, nothing need pass through memory that they share but
 addresses: each rank reads its part of the others' tensors, in pieces that fit a cache, and sums as it reads; of a
 result each reads the others' parts to where they belong. That is one copy less than through a staging area
 (:mod:`dpoptim.staging_area`), and ranks meet a few times a batch of tensors rather than at every chunk: with
-more ranks than cores each meeting costs a turn of all of them.
+more ranks than cores each meeting costs a turn of all of them. What lies in memory that they lend each other
+(:mod:`dpoptim.lent_memory`) is summed from there.
 
 A rank may be forbidden to read (Yama, seccomp, another user or process namespace), so that it is tried: each reads
 a secret of each other. All agree on what came of it. Reading has one thread; ranks of several threads copy through a
@@ -18,10 +19,9 @@ Note [Batches]
 A collective is noted first, and done with all others that were noted when the first one is waited for: all ranks
 write down where their tensors are, meet, read, and meet again before anybody writes to them. So one meeting serves
 all buckets of a step. The first and the last are left out where ranks are about to meet anyway
-(:meth:`PeerMemory.announced`, :meth:`PeerMemory.left_open`).
+(:meth:`PeerMemory.announce_by`, :meth:`PeerMemory.end_by`).
 """
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -29,12 +29,14 @@ import platform
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.huge_pages import HugePages
+from dpoptim.lent_memory import LentMemory
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 
@@ -52,6 +54,7 @@ _SECRET_BYTES = 16
 
 # An address and a number of bytes.
 _Place = tuple[int, int]
+_Result = TypeVar("_Result")
 
 
 class _Span(ctypes.Structure):
@@ -69,7 +72,7 @@ class _Row(ctypes.Structure):
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Noted:
     """A collective of a batch: this rank's tensor, which part of it each rank owns, and where it lies on each."""
 
@@ -79,6 +82,7 @@ class _Noted:
     output: Tensor | None  # where this rank's sum goes, if there is one
     scale: float
     gathers: bool
+    is_kept: bool = False  # to be noted again
     divisor: float = 1.0
     places: Sequence[int] = ()
     scales: Sequence[float] = ()
@@ -95,6 +99,33 @@ class _Cut:
 
     def source(self, rank: int) -> _Place:
         return self.places[rank] + self.offset_bytes, self.own.nbytes
+
+
+class _Reading:
+    """What this rank gathers from another: bytes to read there, or to copy from what it lends."""
+
+    def __init__(self) -> None:
+        self._sources: list[_Place] = []
+        self._targets: list[_Place] = []
+        self._lent_sources: list[Tensor] = []
+        self._lent_targets: list[Tensor] = []
+        self._spans: tuple[ctypes.Array[_Span], ctypes.Array[_Span]] | None = None
+
+    def add(self, source: _Place, target: _Place) -> None:
+        self._sources.append(source)
+        self._targets.append(target)
+
+    def add_lent(self, source: Tensor, target: Tensor) -> None:
+        self._lent_sources.append(source)
+        self._lent_targets.append(target)
+
+    def do(self, pid: int) -> None:
+        """Read; raises OSError."""
+        if self._lent_sources:
+            torch._foreach_copy_(self._lent_targets, self._lent_sources)
+        if self._spans is None:
+            self._spans = _spans(self._sources), _spans(self._targets)
+        _read_memory(pid, self._sources, self._targets, self._spans)
 
 
 class PeerMemory:
@@ -118,7 +149,7 @@ class PeerMemory:
     """
 
     def __init__(self, node: Node, meet: Callable[[], None]) -> None:
-        self._rank, self._size, self._meet = node.rank, node.world_size, meet
+        self._node, self._rank, self._size, self._meet = node, node.rank, node.world_size, meet
         secret = torch.frombuffer(bytearray(secrets.token_bytes(_SECRET_BYTES)), dtype=torch.uint8)
         places = node.all_gather_object((os.getpid(), secret.data_ptr(), bytes(secret.tolist())))
         error = _error_of_reading(places)
@@ -138,6 +169,9 @@ class PeerMemory:
         self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
         self._first, self._further = (torch.empty(_WINDOW_BYTES, dtype=torch.uint8) for _ in range(2))
         self._huge_pages = HugePages()
+        self._lent: LentMemory | None = None
+        # What was gathered last of what is noted again and again, where that was, and how.
+        self._gathered: tuple[list[tuple[_Noted, Sequence[int]]], Sequence[_Reading]] = [], []
 
     # ---------------------------------------------------------------- what to do
 
@@ -170,12 +204,42 @@ class PeerMemory:
         """Note: collect every rank's part of the tensor, where its own already has the values. Any dtype."""
         self._note(_Noted(tensor, starts, counts, None, 1.0, gathers=True))
 
+    def prepare_all_gathers(self, tensors: Sequence[tuple[Tensor, Sequence[int]]]) -> Callable[[], None]:
+        """Return what notes :meth:`all_gather` of tensors divided by these counts, again and again; local."""
+        prepared = [
+            _Noted(tensor, start_offsets(counts), counts, None, 1.0, gathers=True, is_kept=True)
+            for tensor, counts in tensors
+        ]
+
+        def note() -> None:
+            for noted in prepared:
+                self._note(noted)
+
+        return note
+
     def _note(self, noted: _Noted) -> None:
         if not any(noted.counts):
             return
         self._noted.append(noted)
         if len(self._noted) == MAX_NOTED:
             self.wait()
+
+    def lend(self, num_bytes: int) -> LentMemory:
+        """Return memory for tensors that are to be summed; nothing is noted now, nothing lent before.
+
+        Raises
+        ------
+        OSError
+            On every rank, if there is none.
+        """
+        assert not self._noted
+        self._lent = LentMemory(self._node, num_bytes, _WINDOW_BYTES)
+        return self._lent
+
+    def take_back(self) -> None:
+        """Forget what was lent, on all ranks alike; nothing is noted now. Tensors there go on living."""
+        self._lent = None
+        self._gathered = [], []
 
     def divide(self, divisor: float) -> None:
         """Divide the scales of all that was noted, on all ranks by the same."""
@@ -201,41 +265,40 @@ class PeerMemory:
         batch, self._noted = self._noted, []
         self._do(batch)
 
-    @contextlib.contextmanager
-    def announced(self) -> Iterator[None]:
-        """Do without the first meeting of a batch, since all ranks of the node meet within by other means.
+    def announce_by(self, meet: Callable[[], _Result]) -> _Result:
+        """Do without the first meeting of a batch, since all ranks of the node meet in ``meet()``; return its result.
 
-        Less than ``MAX_NOTED`` collectives are noted, and no more are before :meth:`wait`. If the
-        meeting fails, as it does on all ranks alike, nothing is noted any more.
+        Less than ``MAX_NOTED`` collectives are noted, and no more are before :meth:`wait`. If the meeting fails, as it
+        does on all ranks alike, nothing is noted any more.
         """
         self._announce()
         try:
-            yield
+            result = meet()
         except BaseException:
             self._noted.clear()
             raise
         self._is_announced = bool(self._noted)
+        return result
 
-    @contextlib.contextmanager
-    def left_open(self) -> Iterator[None]:
-        """Do without the last meeting of a batch within, since all ranks of the node meet there by other means.
+    def end_by(self, meet: Callable[[], _Result]) -> _Result:
+        """Do without the last meeting of a batch, which ends within ``meet()``; return its result.
 
-        Until then what was noted belongs to this object, but for this rank's sums and what it has gathered, which may
-        be read.
+        All that was noted is done within, and then all ranks of the node meet there by other means. Until then it
+        belongs to this object, but for this rank's sums and what it has gathered, which may be read.
 
         Raises
         ------
         RuntimeError
-            At the end, on every rank, if one could not read.
+            On every rank, if one could not read.
         """
         self._leaves_open = True
         try:
-            yield
+            result = meet()
         finally:
             self._leaves_open = False
         self._close()
+        return result
 
-    @torch.no_grad()
     def _do(self, batch: Sequence[_Noted]) -> None:
         summed = [noted for noted in batch if noted.output is not None]
         gathered = [noted for noted in batch if noted.gathers]
@@ -295,8 +358,19 @@ class PeerMemory:
         for noted in batch:
             alike.setdefault((noted.tensor.dtype, tuple(noted.scales)), []).append(noted)
         for (dtype, scales), members in alike.items():
-            for window in _windows(members, self._rank, _WINDOW_BYTES // dtype.itemsize):
+            others = [noted for noted in members if not self._sum_lent(noted, dtype, scales)]
+            for window in _windows(others, self._rank, _WINDOW_BYTES // dtype.itemsize):
                 self._sum_window(window, dtype, scales)
+
+    def _sum_lent(self, noted: _Noted, dtype: torch.dtype, scales: Sequence[float]) -> bool:
+        """Sum this rank's part of a tensor where all ranks lent it, in its place; return False if they did not."""
+        assert noted.output is not None
+        if self._lent is None or not dtype.is_floating_point or dtype in SUMMED_IN_FLOAT32 or len(set(scales)) > 1:
+            return False
+        start, numel = noted.starts[self._rank], noted.counts[self._rank]
+        if noted.output.data_ptr() != noted.places[self._rank] + start * dtype.itemsize:
+            return False
+        return self._lent.sum_part(tuple(noted.places), dtype, start, numel, scales[0])
 
     def _sum_window(self, window: "Sequence[_Cut]", dtype: torch.dtype, scales: Sequence[float]) -> None:
         """Sum what one window holds, of all ranks; the targets, which may be the ranks' own, are written last."""
@@ -332,16 +406,41 @@ class PeerMemory:
             torch.mul(part, common, out=target)
 
     def _gather(self, batch: Sequence[_Noted]) -> None:
+        if not batch:
+            return
+        readings = self._kept_readings(batch) if all(noted.is_kept for noted in batch) else self._readings(batch)
         for step in range(1, self._size):  # not all from the same rank at once
             owner = (self._rank + step) % self._size
-            sources, targets = [], []
-            for noted in batch:
-                itemsize = noted.tensor.element_size()
-                start_bytes, num_bytes = noted.starts[owner] * itemsize, noted.counts[owner] * itemsize
-                if num_bytes:
-                    sources.append((noted.places[owner] + start_bytes, num_bytes))
-                    targets.append((noted.tensor.data_ptr() + start_bytes, num_bytes))
-            _read_memory(self._pids[owner], sources, targets)
+            readings[owner].do(self._pids[owner])
+
+    def _kept_readings(self, batch: Sequence[_Noted]) -> Sequence[_Reading]:
+        """Return what is gathered from each rank, as the last time if everything is where it was."""
+        batch_and_places = [(noted, noted.places) for noted in batch]
+        if batch_and_places != self._gathered[0]:
+            self._gathered = batch_and_places, self._readings(batch)
+        return self._gathered[1]
+
+    def _readings(self, batch: Sequence[_Noted]) -> Sequence[_Reading]:
+        return [self._reading_from(owner, batch) for owner in range(self._size)]
+
+    def _reading_from(self, owner: int, batch: Sequence[_Noted]) -> _Reading:
+        """Find out where an owner's parts lie there, and where they belong here."""
+        reading = _Reading()
+        for noted in batch:
+            itemsize = noted.tensor.element_size()
+            start_bytes, num_bytes = noted.starts[owner] * itemsize, noted.counts[owner] * itemsize
+            if not num_bytes:
+                continue
+            source, target = noted.places[owner] + start_bytes, noted.places[self._rank] + start_bytes
+            lent_source = lent_target = None
+            if self._lent is not None:
+                lent_source = self._lent.view(owner, source, num_bytes)
+                lent_target = self._lent.view(self._rank, target, num_bytes)
+            if lent_source is None or lent_target is None:
+                reading.add((source, num_bytes), (target, num_bytes))
+            else:
+                reading.add_lent(lent_source, lent_target)
+        return reading
 
 
 def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
@@ -381,17 +480,26 @@ def _windows(batch: Sequence[_Noted], rank: int, numel: int) -> Iterator[list[_C
         yield window
 
 
-def _read_memory(pid: int, sources: Sequence[_Place], targets: Sequence[_Place]) -> None:
-    """Copy these places of another process, one after another, to those of this one; raises OSError."""
+def _read_memory(
+    pid: int,
+    sources: Sequence[_Place],
+    targets: Sequence[_Place],
+    spans: "tuple[ctypes.Array[_Span], ctypes.Array[_Span]] | None" = None,
+) -> None:
+    """Copy these places of another process, one after another, to those of this one; raises OSError.
+
+    ``spans`` are those of sources and targets, if they were made before.
+    """
     num_bytes = sum(size for _, size in sources)
     while num_bytes:
-        count = _libc.process_vm_readv(pid, _spans(targets), len(targets), _spans(sources), len(sources), 0)
+        there, here = spans or (_spans(sources), _spans(targets))
+        count = _libc.process_vm_readv(pid, here, len(here), there, len(there), 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process_vm_readv of process {pid}: {os.strerror(number)}")
         num_bytes -= count
         if num_bytes:  # a call may stop early
-            sources, targets = _rest(sources, count), _rest(targets, count)
+            sources, targets, spans = _rest(sources, count), _rest(targets, count), None
 
 
 def _spans(places: Sequence[_Place]) -> "ctypes.Array[_Span]":

@@ -234,7 +234,12 @@ def check_closure(optimizer: Optimizer, closure: object) -> None:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether an optimizer steps with a closure only. Local."""
-    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return _step_needs_closure(type(optimizer).step)
+
+
+@functools.cache
+def _step_needs_closure(step: Callable[..., Any]) -> bool:
+    parameter = inspect.signature(step).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 

@@ -3,8 +3,8 @@
 Note [Bucket order]
 -------------------
 Every reduction launches all buckets, in one fixed order, whatever gradients this rank has: no negotiation, no
-deadlock. The order is the reverse of registration at first; after the first reduction it becomes the order in which
-rank 0 saw gradients arrive, so that with overlap a bucket is full as early as possible.
+deadlock. The order is the reverse of registration; with overlap, after the first reduction, it becomes the order in
+which rank 0 saw gradients arrive, so that a bucket is full as early as possible.
 
 Note [Who had a gradient]
 -------------------------
@@ -22,7 +22,7 @@ has no callback at all: it joins the others in ``step``.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,15 +36,13 @@ from dpoptim.bucket import Bucket
 from dpoptim.comm_hooks import CommHook
 from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
-from dpoptim.partition import group_by_size
+from dpoptim.gradient_home import Home, is_large
+from dpoptim.partition import group_by_size, start_offsets
 from dpoptim.roll_call import RollCall
 
 __all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
 
-
-# A gradient of at least so many bytes travels alone, from its own memory: copying it into and out of a bucket costs
-# more than the latency of one more message.
-_ALONE_BYTES = 1 << 19
+_CACHE_LINE_BYTES = 64
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
 
@@ -115,6 +113,9 @@ class Reducer:
         self._sparse_dims: dict[int, int] = {}
         self._had_anywhere: list[int] = []
         self._order: list[int] = []
+        # Where large gradients lie, by the parameters' numbers, and the hooks that they need.
+        self._homes: dict[int, Home] = {}
+        self._home_handles: list[Any] = []
         # Where this rank is.
         self._num_steps = 0
         self._num_no_sync = 0
@@ -151,6 +152,7 @@ class Reducer:
 
         They must have the same parameters. The plan of buckets is made anew, since other ranks may have seen others.
         """
+        self._leave_homes()
         self.communicator = communicator
         self._roll_call = roll_call
         self._sparse_dims = {}
@@ -225,11 +227,14 @@ class Reducer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._leave_homes()
 
     # ---------------------------------------------------------------- while backward runs
 
     def on_gradient(self, index: int) -> None:
         """Take note that a parameter's gradient is ready; called by autograd."""
+        if index in self._homes:
+            self._homes[index].take_in(self._parameters[index])
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
             self.has_local_gradients = True
             return
@@ -276,8 +281,7 @@ class Reducer:
                 self._prepare()
                 for bucket in self._buckets:
                     self._launch(bucket, self.batch_weight)
-                with self.communicator.announced():
-                    self.communicator.divide_deferred(self._begin())
+                self.communicator.divide_deferred(self.communicator.announce_by(self._begin))
             elif self._scale is None:
                 self._prepare()
                 self._begin()
@@ -294,7 +298,7 @@ class Reducer:
         reports = self._exchange_reports(had_gradient) if flags[0] else None
         self._had_gradient = had_gradient
         for bucket in self._buckets:
-            bucket.unpack(self._gradients(bucket))
+            bucket.unpack()
         if not all(had_gradient):
             self._give_gradients()
         self._settle(reports, flags)
@@ -386,7 +390,7 @@ class Reducer:
             bucket = Bucket([index], [parameter])
             bucket.pack([parameter.grad], self._scale)
             self._comm_hook(self.communicator, bucket).wait()
-            bucket.unpack([parameter.grad])
+            bucket.unpack()
             if parameter.grad is None:
                 parameter.grad = _in_layout_of(parameter, bucket.reduced(0))
 
@@ -428,15 +432,16 @@ class Reducer:
 
     def _plan(self, order: Sequence[int]) -> None:
         """Divide these parameters among buckets; the same on all ranks (Note [Bucket order])."""
-        small: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         groups: list[list[int]] = []
+        have_homes = self._have_homes(order)
         for index in order:
             parameter = self._parameters[index]
-            if parameter.nbytes >= _ALONE_BYTES:
-                groups.append([index])
+            if is_large(parameter) and not (have_homes and parameter.device.type == "cpu"):
+                groups.append([index])  # copying it into and out of a bucket is more than one message
             else:
-                small.setdefault((parameter.dtype, parameter.device), []).append(index)
-        for indices in small.values():
+                together.setdefault((parameter.dtype, parameter.device), []).append(index)
+        for indices in together.values():
             sizes_bytes = [self._parameters[index].nbytes for index in indices]
             groups += [[indices[i] for i in group] for group in group_by_size(sizes_bytes, self._bucket_bytes)]
         when_ready = {index: when for when, index in enumerate(order)}
@@ -445,6 +450,37 @@ class Reducer:
         self._place = {
             index: (bucket, position) for bucket in self._buckets for position, index in enumerate(bucket.indices)
         }
+        if have_homes:
+            self._find_homes()
+        else:
+            self._leave_homes()
+
+    def _have_homes(self, indices: Iterable[int]) -> bool:
+        """Whether the gradients of these parameters are to lie in memory that the ranks share; collective."""
+        parameters = [self._parameters[index] for index in indices]
+        has_large = any(is_large(p) and p.device.type == "cpu" for p in parameters)
+        return has_large and self.communicator.lends()
+
+    def _find_homes(self) -> None:
+        """Let the gradients of the present plan lie in memory that the ranks share; collective."""
+        self._leave_homes()
+        buckets = [bucket for bucket in self._buckets if bucket.device.type == "cpu"]
+        sizes_bytes = [_aligned(bucket.numel * bucket.dtype.itemsize) for bucket in buckets]
+        lent = self.communicator.lend(sum(sizes_bytes))
+        if lent is None:
+            return
+        for bucket, start_bytes in zip(buckets, start_offsets(sizes_bytes), strict=True):
+            self._homes |= bucket.lie_in(partial(lent.tensor, start_bytes))
+        for index, home in self._homes.items():
+            self._home_handles.append(add_hook(self._parameters[index], partial(_before_making, home)))
+
+    def _leave_homes(self) -> None:
+        """Let gradients lie where autograd makes them; local, between the same collectives of all ranks."""
+        for handle in self._home_handles:
+            handle.remove()
+        self._home_handles.clear()
+        self._homes.clear()
+        self.communicator.lend(0)
 
     def _exchange_reports(self, had_gradient: bytes) -> list[Report]:
         """Tell all ranks what this one has seen, and raise on all what is an error on one; collective."""
@@ -479,8 +515,8 @@ class Reducer:
 
     def _replan(self, reports: Sequence[Report]) -> None:
         """Put the parameters that are trainable on any rank into buckets, in the order that is best for all."""
-        is_new = not self._order
-        if is_new:
+        is_new = not self._order and self.communicator.overlap
+        if not self._order:
             seen = reports[0].order
             self._order = seen + [index for index in self._default_order() if index not in set(seen)]
         wanted = [
@@ -518,6 +554,14 @@ def is_reduced(parameter: Tensor) -> bool:
     """Whether some reducer has its hook on this parameter."""
     hooks = parameter._post_accumulate_grad_hooks or {}
     return any(isinstance(hook, _GradientHook) for hook in hooks.values())
+
+
+def _before_making(home: Home, parameter: Tensor) -> Any:
+    return parameter.register_hook(lambda _: home.before_adding(parameter))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 
 def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:

@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
 from dpoptim.flat_step import FlatStep
-from dpoptim.partition import Piece
+from dpoptim.gradient_home import is_large
+from dpoptim.partition import Piece, pieces_within, start_offsets
 
-__all__ = ["NUMBERS", "Part", "ShardedStep", "State", "is_elementwise"]
+__all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State", "is_elementwise"]
 
 # What optimizers count for a parameter as a whole, rather than for its elements.
 NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
@@ -50,6 +51,8 @@ _ELEMENTWISE = (
 
 # One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
 State = dict[str, Any]
+# Flat tensors to be gathered, and how many elements of each every owner has.
+Outputs = Sequence[tuple[Tensor, Sequence[int]]]
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -103,9 +106,8 @@ class ShardedStep:
 
     # ---------------------------------------------------------------- the step
 
-    @torch.no_grad()
     def step(self) -> None:
-        """Step what this rank owns with the gradients as they are in ``p.grad``."""
+        """Step what this rank owns with the gradients as they are in ``p.grad``; under ``no_grad``."""
         self._follow_hyper_parameters()
         units = [self._units_with_gradient(part) for part in self._parts]
         for part, active in zip(self._parts, units, strict=True):
@@ -269,13 +271,23 @@ class Part:
         self._buffer: Tensor | None = None
         self._mirror: _Mirror | None = None
         self._is_loaded = False  # what this rank owns is in the buffer, as it is to be sent
-        self._gradients: _Mirror | None = None
-        if home is None and (len(parameters) > 1 or not parameters[0].is_contiguous()):
+        # Parameters that are stepped and gathered where they lie, each by itself.
+        self._lies_apart = home is None and (
+            all(parameter.is_contiguous() for parameter in parameters)
+            and (len(parameters) == 1 or (by_element and all(map(is_large, parameters))))
+        )
+        self._to_gather: list[tuple[Tensor, Sequence[int]]] = []
+        self._addresses: list[int] = []  # of the parameters
+        self._are_units_in_place = False
+        if self._lies_apart:
+            self._counts = _counts_of_each([parameter.numel() for parameter in parameters], self.division.counts)
+        elif home is None:
             self._buffer = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
             own = self._buffer[self.division.start : self.division.stop]
             self._mirror = _Mirror(own, bucket.own_pieces, bucket.shapes)
             parts = self._buffer.split([parameter.numel() for parameter in parameters])
             self._views = [part.view(shape) for part, shape in zip(parts, bucket.shapes, strict=True)]
+            self._to_gather = [(self._buffer, self.division.counts)]
         self.units = self.new_units([None] * len(bucket.own_pieces))
 
     def new_units(self, kinds: Sequence[Any]) -> list[_Unit]:
@@ -283,7 +295,11 @@ class Part:
         pieces = self.bucket.own_pieces
         if not self._by_element:
             return [_Unit([piece], self.parameters[piece.position].detach()) for piece in pieces]
-        own = self._own()
+        if self._lies_apart:
+            return [_Unit([piece], _flat_piece(self.parameters[piece.position].detach(), piece)) for piece in pieces]
+        flat = self._home if self._home is not None else self._buffer
+        assert flat is not None
+        own = flat[self.division.start : self.division.stop]
         return [_Unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in _runs(pieces, kinds)]
 
     def load(self, units: Sequence[_Unit], state: Any) -> None:
@@ -297,26 +313,21 @@ class Part:
         if self._mirror is not None:
             self._mirror.copy_in(self.parameters)
             self._is_loaded = True
-        if len(self.parameters) == 1:
-            (gradient,) = gradients
-            for unit in units:
-                unit.tensor.grad = None if gradient is None else _flat_piece(gradient, unit.pieces[0])
-            return
-        if self._gradients is None:
-            flat = torch.empty(self._own().numel(), dtype=self.bucket.dtype, device=self.bucket.device)
-            self._gradients = _Mirror(flat, self.bucket.own_pieces, self.bucket.shapes)
-        self._gradients.copy_in(gradients)
+        own = self.bucket.own_gradients(gradients)
         for unit in units:
-            unit.tensor.grad = self._gradients.flat[unit.start : unit.start + unit.tensor.numel()]
+            unit.tensor.grad = own[unit.start : unit.start + unit.tensor.numel()]
 
-    def to_gather(self) -> Tensor:
-        """Return the flat tensor of which this rank has its part ready, and the other owners theirs."""
-        if self._buffer is None:
-            return self.parameters[0].detach().view(-1)
-        if not self._is_loaded:
+    def to_gather(self) -> Outputs:
+        """Return flat tensors of which each owner has its part ready, and the elements of every owner's part.
+
+        The same object as long as they are the same.
+        """
+        if self._lies_apart:
+            self._note_moves()
+        elif not self._is_loaded:
             assert self._mirror is not None
             self._mirror.copy_in(self.parameters)
-        return self._buffer
+        return self._to_gather
 
     def gathered(self) -> None:
         """Bring what the owners have sent to the parameters."""
@@ -324,17 +335,23 @@ class Part:
         if self._buffer is not None:
             torch._foreach_copy_(self.parameters, self._views)
 
-    def _own(self) -> Tensor:
-        """Return the flat memory of what this rank owns, to step in place."""
-        flat = self._home if self._home is not None else self._buffer
-        if flat is None:
-            flat = self.parameters[0].detach().view(-1)
-        return flat[self.division.start : self.division.stop]
+    def _note_moves(self) -> None:
+        """Take note of parameters that lie elsewhere than before, such as by ``p.data = ...``."""
+        addresses = [parameter.data_ptr() for parameter in self.parameters]
+        if addresses == self._addresses:
+            return
+        self._addresses = addresses
+        self._are_units_in_place = False
+        if self._lies_apart:
+            flat = [parameter.detach().view(-1) for parameter in self.parameters]
+            self._to_gather = list(zip(flat, self._counts, strict=True))
 
     def _follow_moves(self, state: Any) -> None:
-        """Let units that are views of parameters follow them to other memory, such as by ``p.data = ...``."""
-        if self._by_element and (self._home is not None or self._buffer is not None):
+        """Let units that are views of parameters follow them to other memory."""
+        self._note_moves()
+        if self._are_units_in_place or (self._by_element and not self._lies_apart):
             return
+        self._are_units_in_place = True
         for unit in self.units:
             piece = unit.pieces[0]
             parameter = self.parameters[piece.position].detach()
@@ -367,6 +384,15 @@ class _Mirror:
                 sources.append(tensor if piece.numel == tensor.numel() else _flat_piece(tensor, piece))
         if targets:
             torch._foreach_copy_(targets, sources)
+
+
+def _counts_of_each(numels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Return what each owner has of each tensor, when they lie one after another and are divided by these counts."""
+    of_each = [[0] * len(counts) for _ in numels]
+    for owner, (start, count) in enumerate(zip(start_offsets(counts), counts, strict=True)):
+        for piece in pieces_within(numels, start, start + count):
+            of_each[piece.position][owner] = piece.numel
+    return of_each
 
 
 def _flat_piece(tensor: Tensor, piece: Piece) -> Tensor:

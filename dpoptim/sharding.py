@@ -4,7 +4,8 @@ Note [Who owns what]
 --------------------
 Optimizers that treat each element by itself are divided by element: every bucket is cut into parts as equal as
 possible, and the odd elements go to who has least, so that ranks own the same number to one element, whatever the
-model. A large tensor is a bucket of its own, cut without being copied. Optimizers that see a whole matrix are divided
+model. Large tensors are not copied: each is a bucket of its own; or, where their gradients lie in one memory, several
+together are one. Optimizers that see a whole matrix are divided
 by parameter: each goes to the rank that has least, the largest first, and lies beside those of the same owner.
 
 The division is made once and never changed, since the optimizer's state lies where the parameter was given. Buckets
@@ -18,12 +19,10 @@ import torch
 from torch import Tensor
 
 from dpoptim.bucket import Bucket, Division
+from dpoptim.gradient_home import is_large
 from dpoptim.partition import group_by_size, owners_by_size
 
 __all__ = ["Entry", "Sharding"]
-
-# As in reducer.py: at least so many bytes are not worth a copy.
-_ALONE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Sharding:
     def __post_init__(self) -> None:
         self._loads = [0] * self.num_owners
 
-    def divide(self, entries: Sequence[Entry], bucket_bytes: int) -> list[Bucket]:
+    def divide(self, entries: Sequence[Entry], bucket_bytes: int, *, have_homes: bool = False) -> list[Bucket]:
         """Return divided buckets of these parameters, in this order; each of one group, dtype and device.
 
         Parameters
@@ -72,14 +71,18 @@ class Sharding:
             In the order in which gradients are expected.
         bucket_bytes : int
             A bucket of several parameters has at most so many bytes.
+        have_homes : bool
+            Whether large gradients on the host are to lie in one memory (:meth:`Bucket.lie_in`).
         """
-        kinds: dict[tuple[int, torch.dtype, torch.device], list[Entry]] = {}
+        kinds: dict[tuple[int, torch.dtype, torch.device, bool], list[Entry]] = {}
         alone: list[list[Entry]] = []
         for entry in entries:
-            if self.by_element and entry.parameter.nbytes >= _ALONE_BYTES:
+            parameter = entry.parameter
+            is_whole = self.by_element and is_large(parameter)  # not to be copied
+            if is_whole and not (have_homes and parameter.device.type == "cpu" and parameter.is_contiguous()):
                 alone.append([entry])
             else:
-                kinds.setdefault((entry.group, entry.parameter.dtype, entry.parameter.device), []).append(entry)
+                kinds.setdefault((entry.group, parameter.dtype, parameter.device, is_whole), []).append(entry)
         together: list[list[Entry]] = []
         for members in kinds.values():
             sizes_bytes = [entry.parameter.nbytes for entry in members]

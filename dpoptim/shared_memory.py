@@ -6,7 +6,8 @@ The memory is a file in ``/dev/shm`` that one rank makes, mode 0600, and all ran
 one-sided component (MPI's own shared windows hang in ``MPI_Finalize`` after a rank was killed), is closed to other
 users, and is gone when the last rank ends, however it ends: it never has a name, and the others open it as that rank's
 descriptor in ``/proc``. Where they can't (ranks in process namespaces of their own), it has a random name until all
-have opened it; only a rank that is killed in these milliseconds leaves it behind. Every rank
+have opened it; only a rank that is killed in these milliseconds leaves it behind. What is as large as a model is a file
+in no directory (memfd_create(2)), which is no part of ``/dev/shm``. Every rank
 allocates its share of the pages: a full ``/dev/shm`` is an error then and not a SIGBUS later, and on a machine with
 several memory banks the pages lie near their rank.
 
@@ -64,6 +65,9 @@ class SharedMemory:
         The ranks.
     num_bytes : int
         How much, > 0; the same on all.
+    counted : bool
+        Whether it counts as part of ``/dev/shm``, which may be small, and is used by data loaders too. If not, the
+        ranks must see each other in ``/proc``.
 
     Raises
     ------
@@ -71,11 +75,14 @@ class SharedMemory:
         On every rank of the node, if one could not make, allocate or map it.
     """
 
-    def __init__(self, node: Node, num_bytes: int) -> None:
+    def __init__(self, node: Node, num_bytes: int, *, counted: bool = True) -> None:
+        if not counted:
+            self._map = _mapped(node, num_bytes, _anonymous)
+            return
         try:
-            self._map = _mapped(node, num_bytes, named=False)
+            self._map = _mapped(node, num_bytes, _nameless)
         except OSError:
-            self._map = _mapped(node, num_bytes, named=True)
+            self._map = _mapped(node, num_bytes, _named)
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> Tensor:
         """Return a tensor in this memory, with a storage of its own that begins at ``offset_bytes``."""
@@ -85,18 +92,31 @@ class SharedMemory:
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes).view(shape)
 
 
-def _mapped(node: Node, num_bytes: int, *, named: bool) -> mmap.mmap:
-    """Map one file on all ranks (Note [A mapped file]); collective, raises OSError on all."""
+def _named() -> tuple[int, str]:
+    return tempfile.mkstemp(prefix="dpoptim-", dir=_DIRECTORY)
+
+
+def _nameless() -> tuple[int, str]:
+    if not hasattr(os, "O_TMPFILE"):
+        raise OSError("this system has no files without a name")
+    descriptor = os.open(_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _anonymous() -> tuple[int, str]:
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no files outside of all directories")
+    descriptor = os.memfd_create("dpoptim")
+    os.fchmod(descriptor, 0o600)
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _mapped(node: Node, num_bytes: int, make: Callable[[], tuple[int, str]]) -> mmap.mmap:
+    """Map one file on all ranks, which rank 0 makes (Note [A mapped file]); collective, raises OSError on all."""
     descriptor, place, error, mapped = -1, None, None, None
     try:
         if node.rank == 0:
-            if named:
-                descriptor, path = tempfile.mkstemp(prefix="dpoptim-", dir=_DIRECTORY)
-            elif not hasattr(os, "O_TMPFILE"):
-                raise OSError("this system has no files without a name")
-            else:
-                descriptor = os.open(_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            descriptor, path = make()
             place = path, _identity(descriptor)
             os.ftruncate(descriptor, num_bytes)
     except OSError as caught:
@@ -113,13 +133,14 @@ def _mapped(node: Node, num_bytes: int, *, named: bool) -> mmap.mmap:
     errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
     if descriptor >= 0:
         os.close(descriptor)
-    if node.rank == 0 and named and place is not None:
+    if node.rank == 0 and make is _named and place is not None:
         Path(place[0]).unlink()
     reason = next((text for text in errors if text is not None), None)
     if reason is not None or mapped is None:
         if mapped is not None:
             mapped.close()  # gives the pages back before less is tried
-        raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share in {_DIRECTORY} ({reason})")
+        where = "" if make is _anonymous else f" in {_DIRECTORY}"
+        raise OSError(f"no {num_bytes / 2**20:.1f} MiB of memory to share{where} ({reason})")
     return mapped
 
 

@@ -28,6 +28,8 @@ import torch
 from meeting import meet
 from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
+import dpoptim.gradient_home
+
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 if UNDER_MPIRUN:
     # Ranks that clear old temporary directories in one place stumble over each other, and one that dies of it ends all.
@@ -107,6 +109,16 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
     if failures:
         pytest.fail("\n".join(f"--- rank {rank}:\n{text}" for rank, text in failures.items()), pytrace=False)
     return result
+
+
+@pytest.fixture(autouse=True)
+def _large_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three ranks take the gradients of the tests' small models for large ones (dpoptim/gradient_home.py)."""
+    if UNDER_MPIRUN:
+        from mpi4py import MPI
+
+        if MPI.COMM_WORLD.size == 3:
+            monkeypatch.setattr(dpoptim.gradient_home, "_LARGE_BYTES", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -174,6 +174,29 @@ def test_all_gather_in_place(communicator, is_given):
     assert whole.tolist() == [float(rank) for rank in range(communicator.world_size) for _ in range(2)]
 
 
+def test_prepared_gathers_may_be_started_again_and_again(communicator):
+    rank, size = communicator.rank, communicator.world_size
+    communicator.node_memory()
+    numels = [23, 1, 3 * size]
+    counts = [even_counts(numel, size) for numel in numels]
+    counts[2] = [0] * (size - 1) + [3 * size]  # one rank has it all
+    wholes = [torch.zeros(numel, dtype=torch.float64) for numel in numels]
+    start = communicator.prepare_all_gathers(list(zip(wholes, counts, strict=True)))
+    wrong = []
+    for turn in range(3):
+        for whole, each in zip(wholes, counts, strict=True):
+            whole.zero_().split(each)[rank].fill_(10.0 * rank + turn)
+        for work in start():
+            work.wait()
+        for whole, each in zip(wholes, counts, strict=True):
+            expected = [10.0 * owner + turn for owner, count in enumerate(each) for _ in range(count)]
+            if whole.tolist() != expected:
+                wrong.append((turn, whole))
+    assert not wrong
+    with pytest.raises(ValueError, match="counts must have one entry a rank"):
+        communicator.prepare_all_gathers([(wholes[0], [1] * size)])
+
+
 def test_messages_cut_small_give_the_same(communicator, monkeypatch):
     numel = 23
     counts = even_counts(numel, communicator.world_size)

@@ -163,11 +163,14 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
 
     peers = PeerMemory(node, meet)
     tensors = [_own(node.rank, number) for number in range(3)]
-    with peers.left_open():
+
+    def reduce_two():
         for tensor in tensors[:2]:
             peers.all_reduce(tensor, node.rank + 1.0)
             peers.wait()
         node.barrier()
+
+    peers.end_by(reduce_two)
     num_open = len(meetings)
     peers.all_reduce(tensors[2], node.rank + 1.0)
     peers.wait()
@@ -175,13 +178,12 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
         monkeypatch.setattr(dpoptim.peer_memory, "_read_memory", _fail)
 
     def fail():
-        with peers.left_open():
-            peers.all_reduce(torch.ones(1000))
-            peers.wait()
-            node.barrier()
+        peers.all_reduce(torch.ones(1000))
+        peers.wait()
+        node.barrier()
 
     with pytest.raises(RuntimeError, match="rank 0 of the node could not read"):
-        fail()
+        peers.end_by(fail)
     assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
     assert num_open == 5, "three for the first, which the second ends, and two for the second"
     assert len(meetings) == 5 + 3 + 2
@@ -197,24 +199,25 @@ def test_an_announced_batch_begins_with_a_meeting_of_another_kind(node):
     peers = PeerMemory(node, meet)
     tensor = _own(node.rank, 0)
     peers.all_reduce(tensor, node.rank + 1.0)
-    with peers.announced():
+
+    def divide_and_meet():
         peers.divide(4.0)
         node.barrier()
+
+    peers.announce_by(divide_and_meet)
     peers.wait()
     num_meetings = len(meetings)
     given_up, again = _own(node.rank, 1), _own(node.rank, 2)
     peers.all_reduce(given_up)
 
     def fail():
-        with peers.announced():
-            raise LookupError("a rank is elsewhere")
+        raise LookupError("a rank is elsewhere")
 
     with pytest.raises(LookupError):
-        fail()
+        peers.announce_by(fail)
     peers.wait()  # nothing is left
     peers.all_reduce(torch.empty(0))
-    with peers.announced():  # nothing at all
-        node.barrier()
+    peers.announce_by(node.barrier)  # nothing at all
     peers.all_reduce(again, node.rank + 1.0)
     peers.wait()
     assert torch.equal(tensor, _total(node.world_size, 0) / 4)

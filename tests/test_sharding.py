@@ -77,3 +77,14 @@ def test_a_large_tensor_is_a_bucket_of_its_own_and_is_not_copied():
     alone.pack([gradient], 1.0)
     assert alone.flat.data_ptr() == gradient.data_ptr()
     assert alone.own.numel() == 180_000
+
+
+def test_large_tensors_whose_gradients_lie_together_are_one_bucket():
+    entries = _entries([[600, 600], [7], [512, 512], [600, 600], [9]])
+    buckets = _shardings(2, by_element=True)[0].divide(entries, 3 << 20, have_homes=True)
+    assert sorted(bucket.indices for bucket in buckets) == [(0, 2), (1, 4), (3,)]
+    large = next(bucket for bucket in buckets if bucket.indices == (0, 2))
+    assert [piece.numel for piece in large.own_pieces] == [(360_000 + 2**18) // 2]
+    strided = [Entry(0, torch.zeros(600, 600).t(), 0), Entry(1, torch.zeros(600, 600), 0)]
+    buckets = _shardings(2, by_element=True)[0].divide(strided, 25 << 20, have_homes=True)
+    assert sorted(bucket.indices for bucket in buckets) == [(0,), (1,)]

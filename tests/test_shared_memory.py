@@ -101,7 +101,8 @@ class Alone:
     def broadcast_object(self, item, root):
         if item is not None:
             self.path, _ = item
-            self.mode = stat.S_IMODE(Path(self.path).stat().st_mode)
+            status = Path(self.path).stat()
+            self.mode, self.device = stat.S_IMODE(status.st_mode), status.st_dev
             self.names = _files()
         return item
 
@@ -111,6 +112,21 @@ def test_it_never_has_a_name():
     SharedMemory(node, 100)
     assert node.names <= before, "a rank killed now would leave it behind"
     assert node.mode == 0o600
+
+
+def test_what_is_not_counted_is_not_in_dev_shm():
+    before, node = _files(), Alone()
+    memory = SharedMemory(node, 100, counted=False)
+    assert node.device != Path("/dev/shm").stat().st_dev
+    assert node.names <= before
+    assert node.mode == 0o600
+    assert not memory.tensor(torch.uint8, [100]).any()
+
+
+def test_a_system_without_anonymous_files_says_so(monkeypatch):
+    monkeypatch.delattr(dpoptim.shared_memory.os, "memfd_create")
+    with pytest.raises(OSError, match=r"no 0\.0 MiB of memory to share \(rank 0 of the node: this system has no files"):
+        SharedMemory(Alone(), 100, counted=False)
 
 
 @pytest.mark.parametrize("why", ["refused", "unknown"])

@@ -131,6 +131,32 @@ def test_zero_grad(world, name, mode):
     opt.detach()
 
 
+def test_zero_grad_of_a_class_of_its_own_is_called(world):
+    class Careful(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            calls.append(set_to_none)
+            super().zero_grad(set_to_none)
+
+    calls, model = [], torch.nn.Linear(2, 2)
+    opt = dpoptim.DataParallelOptimizer(Careful(model.parameters(), lr=0.1), world)
+    model(torch.ones(1, 2)).sum().backward()
+    opt.zero_grad()
+    assert model.weight.grad is None
+    opt.detach()
+    assert calls == [True]
+
+
+def test_the_profiler_sees_zero_grad(world):
+    model = torch.nn.Linear(2, 2)
+    opt = dpoptim.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), world)
+    model(torch.ones(1, 2)).sum().backward()
+    with torch.profiler.profile() as profile:
+        opt.zero_grad()
+    opt.detach()
+    assert model.weight.grad is None
+    assert "Optimizer.zero_grad#SGD.zero_grad" in [event.key for event in profile.key_averages()]
+
+
 @every_optimizer
 @pytest.mark.supports("step", replicated="{name}", sharded="{name}")
 @pytest.mark.supports("{name}", replicated="yes", sharded="{mode}")
