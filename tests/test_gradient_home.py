@@ -36,6 +36,12 @@ def _wrapped(model, world, mode):
     return dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1, momentum=0.9), world, **mode)
 
 
+def _train(optimizer, model, world, step, *, set_to_none=True):
+    optimizer.zero_grad(set_to_none=set_to_none)
+    _loss(model, _batch(step, world.rank)).backward()
+    optimizer.step()
+
+
 def _trained_by_one(world, num_steps):
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -67,9 +73,7 @@ def test_large_gradients_lie_together_and_train_as_one_process(world, mode):
     model = _model()
     optimizer = _wrapped(model, world, mode)
     for step in range(3):
-        optimizer.zero_grad()
-        _loss(model, _batch(step, world.rank)).backward()
-        optimizer.step()
+        _train(optimizer, model, world, step)
     _assert_alike(model, _trained_by_one(world, 3))
     assert _lie_together(optimizer, world)
     optimizer.detach()
@@ -81,12 +85,10 @@ def test_what_was_a_gradient_is_not_overwritten(world, mode):
     optimizer = _wrapped(model, world, mode)
     held, before = [], []
     for step in range(4):
-        optimizer.zero_grad()
-        _loss(model, _batch(step, world.rank)).backward()
+        _train(optimizer, model, world, step)
         gradient = model[0].weight.grad
         held.append(gradient if step % 2 else gradient[5:].view(-1))
         before.append(held[-1].clone())
-        optimizer.step()
     assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
     _assert_alike(model, _trained_by_one(world, 4))
     optimizer.detach()
@@ -113,11 +115,9 @@ def test_a_gradient_that_is_zeroed_stays_the_same_tensor(world, mode):
     optimizer = _wrapped(model, world, mode)
     first = None
     for step in range(3):
-        optimizer.zero_grad(set_to_none=False)
-        _loss(model, _batch(step, world.rank)).backward()
+        _train(optimizer, model, world, step, set_to_none=False)
         first = first if step else model[0].weight.grad
         assert model[0].weight.grad is first
-        optimizer.step()
     _assert_alike(model, _trained_by_one(world, 3))
     optimizer.detach()
 
@@ -195,9 +195,7 @@ def test_where_there_is_no_memory_to_lend_gradients_stay_private(world, monkeypa
     with caplog.at_level(logging.INFO, "dpoptim"):
         optimizer = _wrapped(model, world, mode)
     for step in range(3):
-        optimizer.zero_grad()
-        _loss(model, _batch(step, world.rank)).backward()
-        optimizer.step()
+        _train(optimizer, model, world, step)
     _assert_alike(model, _trained_by_one(world, 3))
     assert not optimizer._reducer._homes
     if world.size > 1 and optimizer.communicator.peer_memory() == "yes":

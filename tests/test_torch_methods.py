@@ -150,7 +150,7 @@ def test_the_profiler_sees_zero_grad(world):
     model = torch.nn.Linear(2, 2)
     opt = dpoptim.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), world)
     model(torch.ones(1, 2)).sum().backward()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         opt.zero_grad()
     opt.detach()
     assert model.weight.grad is None
