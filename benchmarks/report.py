@@ -99,7 +99,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_title(f"{result['configuration']['ranks']} ranks: a step, local = 1", fontsize=10)
         axis.grid(axis="x", linewidth=0.3)
     last, model = several[-1], models[0]
-    peaks = [last["models"][model][contender].get("peak_mb", 0) for contender in contenders]
+    peaks = [last["models"][model].get(contender, {}).get("peak_mb", 0) for contender in contenders]
     axes[-1].barh(places, peaks, color="#7f9fbf")
     axes[-1].set_title(f"{last['configuration']['ranks']} ranks: peak MB a rank, {model}", fontsize=10)
     axes[0].set_yticks(places, contenders)
