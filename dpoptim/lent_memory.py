@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpoptim.partition import aligned
 from dpoptim.shared_memory import Node, SharedMemory
 
 __all__ = ["LentMemory"]
@@ -38,7 +39,7 @@ class LentMemory:
     """
 
     def __init__(self, node: Node, num_bytes: int, window_bytes: int) -> None:
-        self._rank, self._num_bytes = node.rank, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self._rank, self._num_bytes = node.rank, aligned(num_bytes, _PAGE_BYTES)
         # A data loader's memory is not taken: this may be as large as the model.
         self._memory = SharedMemory(node, self._num_bytes * node.world_size, counted=False)
         own = self._memory.tensor(torch.uint8, [1], self._offset_bytes(node.rank))

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dpoptim.bucket import Bucket
 from dpoptim.communicator import Communicator
+from dpoptim.partition import aligned
 from dpoptim.shared_memory import SharedMemory
 
 __all__ = ["NodeShared"]
-
-_ALIGNMENT_BYTES = 64
 
 
 class NodeShared:
@@ -46,7 +45,7 @@ class NodeShared:
             raise OSError(reason)
         self._communicator = communicator
         self._set_aside: SharedMemory | None = communicator.share_in_node(
-            sum(_aligned(parameter.nbytes) for parameter in parameters) or 1
+            sum(aligned(parameter.nbytes) for parameter in parameters) or 1
         )
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
@@ -77,7 +76,7 @@ class NodeShared:
         offsets_bytes, num_bytes = [], 0
         for bucket in buckets:
             offsets_bytes.append(num_bytes)
-            num_bytes += _aligned(bucket.numel * bucket.dtype.itemsize)
+            num_bytes += aligned(bucket.numel * bucket.dtype.itemsize)
         memory, self._set_aside = self._set_aside, None
         if memory is None:
             memory = self._communicator.share_in_node(max(1, num_bytes))
@@ -136,7 +135,3 @@ class NodeShared:
                 view.copy_(values)
         self.make_shared()
         self._communicator.barrier()
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

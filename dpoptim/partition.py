@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-__all__ = ["Piece", "even_counts", "group_by_size", "owners_by_size", "pieces_within", "start_offsets"]
+__all__ = ["Piece", "aligned", "even_counts", "group_by_size", "owners_by_size", "pieces_within", "start_offsets"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,15 @@ class Piece:
     def numel(self) -> int:
         """How many elements."""
         return self.stop - self.start
+
+
+# Tensors that begin on cache lines of their own don't slow each other's writers down.
+_CACHE_LINE_BYTES = 64
+
+
+def aligned(num_bytes: int, unit_bytes: int = _CACHE_LINE_BYTES) -> int:
+    """Round up to whole units: by default cache lines, on which tensors of any dtype may begin."""
+    return -(-num_bytes // unit_bytes) * unit_bytes
 
 
 def even_counts(numel: int, num_parts: int) -> list[int]:

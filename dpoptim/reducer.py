@@ -37,12 +37,11 @@ from dpoptim.comm_hooks import CommHook
 from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.gradient_home import Home, is_large
-from dpoptim.partition import group_by_size, start_offsets
+from dpoptim.partition import aligned, group_by_size, start_offsets
 from dpoptim.roll_call import RollCall
 
 __all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
 
-_CACHE_LINE_BYTES = 64
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
 
@@ -465,7 +464,7 @@ class Reducer:
         """Let the gradients of the present plan lie in memory that the ranks share; collective."""
         self._leave_homes()
         buckets = [bucket for bucket in self._buckets if bucket.device.type == "cpu"]
-        sizes_bytes = [_aligned(bucket.numel * bucket.dtype.itemsize) for bucket in buckets]
+        sizes_bytes = [aligned(bucket.numel * bucket.dtype.itemsize) for bucket in buckets]
         lent = self.communicator.lend(sum(sizes_bytes))
         if lent is None:
             return
@@ -558,10 +557,6 @@ def is_reduced(parameter: Tensor) -> bool:
 
 def _before_making(home: Home, parameter: Tensor) -> Any:
     return parameter.register_hook(lambda _: home.before_adding(parameter))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 
 def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
