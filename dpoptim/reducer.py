@@ -514,8 +514,8 @@ class Reducer:
 
     def _replan(self, reports: Sequence[Report]) -> None:
         """Put the parameters that are trainable on any rank into buckets, in the order that is best for all."""
-        is_new = not self._order and self.communicator.overlap
-        if not self._order:
+        is_first = not self._order
+        if is_first:
             seen = reports[0].order
             self._order = seen + [index for index in self._default_order() if index not in set(seen)]
         wanted = [
@@ -523,7 +523,7 @@ class Reducer:
             for index in self._order
             if index not in self._sparse_dims and any(report.trainable[index] for report in reports)
         ]
-        if is_new or set(wanted) != set(self._place):
+        if (is_first and self.communicator.overlap) or set(wanted) != set(self._place):
             self._plan(wanted)
 
     def _describe(self, index: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpoptim.partition import even_counts, group_by_size, owners_by_size, pieces_within, start_offsets
+from dpoptim.partition import aligned, even_counts, group_by_size, owners_by_size, pieces_within, start_offsets
 
 
 @given(st.integers(0, 10**12), st.integers(1, 2000))
@@ -54,3 +54,9 @@ def test_bad_numbers():
         even_counts(-1, 2)
     with pytest.raises(ValueError, match="num_parts must be >= 1, got 0"):
         even_counts(3, 0)
+
+
+@pytest.mark.parametrize(("num_bytes", "expected"), [(0, 0), (1, 64), (64, 64), (65, 128)])
+def test_sizes_are_rounded_up_to_whole_units(num_bytes, expected):
+    assert aligned(num_bytes) == expected
+    assert aligned(num_bytes, 4096) == min(num_bytes, 1) * 4096
