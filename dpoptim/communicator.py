@@ -65,17 +65,18 @@ class Communicator:
     def __init__(self, comm: Any = None, *, overlap: bool = False) -> None:
         self._begin(Messages(comm, self.max_message_bytes), overlap)
 
-    def _begin(self, own_messages: Messages, overlap: bool, *, patient: bool = False) -> None:
+    def _begin(self, own_messages: Messages, overlap: bool, *, patient: bool = False, polled: bool = False) -> None:
         self._messages = own_messages
         self.rank, self.world_size = own_messages.rank, own_messages.world_size
-        if overlap and not messages.takes_threads():
+        has_thread = overlap and not polled
+        if has_thread and not messages.takes_threads():
             own_messages.free()
             raise ValueError(
                 "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
                 "use overlap=False"
             )
-        self._exchange = Exchange(own_messages, patient=patient and overlap)
-        self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if overlap else None
+        self._exchange = Exchange(own_messages, patient=patient and overlap, polled=polled and overlap)
+        self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
         if self.world_size > 1:
             abort_on_uncaught_exception(messages.abort)
 
@@ -97,7 +98,19 @@ class Communicator:
     @property
     def overlap(self) -> bool:
         """Whether collectives with ``async_op=True`` go on while the caller does."""
-        return self._thread is not None
+        return self._thread is not None or self.is_polled
+
+    @property
+    def is_polled(self) -> bool:
+        """Whether they go on as far as the caller calls :meth:`poll`, rather than by a thread."""
+        return self._exchange.is_polled
+
+    def poll(self) -> None:
+        """Go on with what was started with ``async_op=True``; local, does not block.
+
+        To be called often while they are under way; more often than every 0.1 ms costs little and does nothing.
+        """
+        self._exchange.poll()
 
     @property
     def scales_for_free(self) -> bool:
@@ -361,7 +374,7 @@ class Communicator:
         """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
         return messages.library()
 
-    def duplicate(self, *, overlap: bool = False, patient: bool = False) -> "Communicator":
+    def duplicate(self, *, overlap: bool = False, patient: bool = False, polled: bool = False) -> "Communicator":
         """Return a communicator of the same ranks with messages of its own; collective.
 
         Parameters
@@ -371,9 +384,12 @@ class Communicator:
         patient : bool
             Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
             whole core. For long transfers beside a computation; only together with ``overlap``.
+        polled : bool
+            Have no thread: sums with ``async_op=True`` go on while the caller calls :meth:`poll`. Only together with
+            ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
         """
         made = object.__new__(Communicator)
-        made._begin(self._messages.duplicate(), overlap, patient=patient)
+        made._begin(self._messages.duplicate(), overlap, patient=patient, polled=polled)
         return made
 
     def split(

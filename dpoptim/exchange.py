@@ -23,6 +23,7 @@ from dpoptim.lent_memory import LentMemory
 from dpoptim.messages import Messages, PendingSum
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
+from dpoptim.polled_messages import PolledMessages
 from dpoptim.shared_memory import SharedMemory, meeting, sums
 from dpoptim.sleeping_barrier import SleepingBarrier
 from dpoptim.small_sums import SmallSum, SmallSums
@@ -61,8 +62,8 @@ DONE = _Done()
 class Exchange:
     """The ways between the ranks of some messages (Note [Ways]); construction is collective.
 
-    Every method but :meth:`deferring` is collective. Tensors are flat, contiguous and not complex; arguments are the
-    caller's to check.
+    Every method but :meth:`deferring` and :meth:`poll` is collective. Tensors are flat, contiguous and not complex;
+    arguments are the caller's to check.
 
     Parameters
     ----------
@@ -70,16 +71,19 @@ class Exchange:
         This object's alone; freed with it.
     patient : bool
         Whether ranks wait asleep for whatever comes from other nodes, even where none share a core.
+    polled : bool
+        Whether sums go on while their caller computes and calls :meth:`poll`, if every rank is alone on its node.
 
     Attributes
     ----------
     topology : Topology
         Which ranks share a node.
     may_wait : bool
-        Whether the collective that is being started may be done together with others, when the first is waited for.
+        Whether the collective that is being started may be done together with others, when the first is waited for, or
+        go on until then.
     """
 
-    def __init__(self, own_messages: Messages, *, patient: bool) -> None:
+    def __init__(self, own_messages: Messages, *, patient: bool, polled: bool) -> None:
         self._messages = own_messages
         self._rank, self._world_size = own_messages.rank, own_messages.world_size
         self._node = own_messages.split_node()
@@ -96,8 +100,10 @@ class Exchange:
         self._why_no_ways: str | None = None
         self._why_no_peers: str | None = None
         self.may_wait = False
+        self._polled: PolledMessages | None = None
         if self._world_size == self.topology.num_nodes:
             self._why_no_ways = "every rank is alone on its node"
+            self._polled = PolledMessages(own_messages) if polled and self._world_size > 1 else None
 
     @property
     def sums_in_node(self) -> bool:
@@ -117,6 +123,8 @@ class Exchange:
             self._ways.staging_area.all_reduce_small(tensor, scale)
         elif ways is None:
             _scale(tensor, scale)
+            if self._polled is not None and self.may_wait:
+                return self._polled.all_reduce(tensor)
             self._messages.all_reduce(tensor)
         elif self.topology.num_nodes == 1:
             ways.memory.all_reduce(tensor, scale)
@@ -142,6 +150,8 @@ class Exchange:
         """Sum ``scale * source`` over all ranks; ``output``, perhaps a part of it, receives this rank's part."""
         ways = self._ways_for(source) if sums(source.dtype) else None
         if ways is None or not self.topology.is_even:
+            if self._polled is not None and self.may_wait and source.nbytes <= self._messages.max_message_bytes:
+                return self._polled.reduce_scatter(output, source, counts, scale)
             self._messages.reduce_scatter(output, source, counts, scale)
             return DONE
         starts = start_offsets(counts)
@@ -188,6 +198,16 @@ class Exchange:
         if self._small_sums is not None and len(numbers) <= self._small_sums.max_numbers:
             return self._small_sums.start(numbers)
         return self._messages.start_sum(numbers)
+
+    @property
+    def is_polled(self) -> bool:
+        """Whether sums that may wait go on meanwhile."""
+        return self._polled is not None
+
+    def poll(self) -> None:
+        """Go on with the sums under way; local, does not block."""
+        if self._polled is not None:
+            self._polled.poll()
 
     def deferring(self) -> PeerMemory | None:
         """Return what defers collectives that may wait, if all do and it was used before; local."""
@@ -257,6 +277,8 @@ class Exchange:
         if self._ways is not None and self._ways.counterparts is not None:
             self._ways.counterparts.free()
         self._ways = self._small_sums = None
+        if self._polled is not None:
+            self._polled.free()
         self._node.free()
         self._messages.free()
 

@@ -190,9 +190,9 @@ class Messages:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over all ranks, in place."""
-        if self._goes_in_pieces(tensor):
-            pieces = torch.split(tensor, self._piece_numel(tensor))
-            self._keep_in_flight(self._all_reduce_piece(piece) for piece in pieces)
+        if self.goes_in_pieces(tensor):
+            pieces = torch.split(tensor, self.piece_numel(tensor))
+            self._keep_in_flight(self.all_reduce_piece(piece, self) for piece in pieces)
         elif tensor.dtype in SUMMED_IN_FLOAT32:
             self._all_reduce_in_float32(tensor)
         else:
@@ -214,8 +214,8 @@ class Messages:
         if scale != 1.0:
             source = source * scale
         is_small = source.nbytes <= self.max_message_bytes
-        if is_small and self._goes_in_pieces(source):
-            self._keep_in_flight(self._reduce_scatter_pieces(output, source, counts))
+        if is_small and self.goes_in_pieces(source):
+            self._keep_in_flight(self.reduce_scatter_pieces(output, source, counts))
             return
         if is_small and source.dtype in SUMMED_IN_FLOAT32:
             self._sum_own_part(output, source, counts)
@@ -231,7 +231,7 @@ class Messages:
 
     def all_gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         """Collect every rank's part of ``whole``, where its own is already in place."""
-        if self._goes_in_pieces(whole) and whole.nbytes <= self.max_message_bytes:
+        if self.goes_in_pieces(whole) and whole.nbytes <= self.max_message_bytes:
             self._keep_in_flight(self._all_gather_pieces(whole, counts))
             return
         if whole.nbytes > self.max_message_bytes:
@@ -245,14 +245,36 @@ class Messages:
         for chunk in self._chunks(tensor):
             self._call("Bcast", chunk.nbytes, [self._buffer(chunk), chunk.nbytes, self._mpi.BYTE], root=root)
 
-    # ---------------------------------------------------------------- how
+    # ---------------------------------------------------------------- pieces of collectives
 
-    def _goes_in_pieces(self, tensor: Tensor) -> bool:
+    def goes_in_pieces(self, tensor: Tensor) -> bool:
+        """Whether a tensor had better go in pieces (Note [Pieces in flight])."""
         least_bytes = max(_IN_PIECES_BYTES, _SHARE_BYTES * self.world_size)
         return self.in_pieces and tensor.is_cpu and tensor.nbytes >= least_bytes
 
-    def _piece_numel(self, tensor: Tensor) -> int:
+    def piece_numel(self, tensor: Tensor) -> int:
+        """Return how many elements of this tensor are a piece."""
         return max(1, max(_PIECE_BYTES, _SHARE_BYTES * self.world_size) // tensor.element_size())
+
+    def all_reduce_piece(self, piece: Tensor, gathering: "Messages") -> Iterator[Pending]:
+        """Sum a piece over all ranks, in place, and gather the sums by other messages of the same ranks, or these."""
+        counts = even_counts(piece.numel(), self.world_size)
+        starts = start_offsets(counts)
+        own = piece.narrow(0, starts[self.rank], counts[self.rank])
+        yield from self._reduce_scatter_piece(own, piece, starts, counts)
+        yield from gathering._all_gather_piece(piece, starts, counts)
+
+    def reduce_scatter_pieces(
+        self, output: Tensor, source: Tensor, counts: Sequence[int]
+    ) -> Iterator[Iterator[Pending]]:
+        """Sum a share of every rank's part, again and again."""
+        starts = start_offsets(counts)
+        for firsts, sizes in self._shares(source, counts):
+            places = [start + first for start, first in zip(starts, firsts, strict=True)]
+            own = output.narrow(0, firsts[self.rank], sizes[self.rank])
+            yield self._reduce_scatter_piece(own, source, places, sizes)
+
+    # ---------------------------------------------------------------- how
 
     def _keep_in_flight(self, works: Iterable[Iterator[Pending]]) -> None:
         """Advance works, each a series of collectives, some of them at a time; all ranks in the same order."""
@@ -272,13 +294,6 @@ class Messages:
         while window:
             advance_oldest()
 
-    def _all_reduce_piece(self, piece: Tensor) -> Iterator[Pending]:
-        counts = even_counts(piece.numel(), self.world_size)
-        starts = start_offsets(counts)
-        own = piece.narrow(0, starts[self.rank], counts[self.rank])
-        yield from self._reduce_scatter_piece(own, piece, starts, counts)
-        yield from self._all_gather_piece(piece, starts, counts)
-
     def _reduce_scatter_piece(
         self, output: Tensor, source: Tensor, starts: Sequence[int], counts: Sequence[int]
     ) -> Iterator[Pending]:
@@ -289,16 +304,6 @@ class Messages:
     def _all_gather_piece(self, whole: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Pending]:
         yield self._start("Iallgatherv", self._mpi.IN_PLACE, self._parts(whole, starts, counts))
 
-    def _reduce_scatter_pieces(
-        self, output: Tensor, source: Tensor, counts: Sequence[int]
-    ) -> Iterator[Iterator[Pending]]:
-        """Take a share of every rank's part, again and again."""
-        starts = start_offsets(counts)
-        for firsts, sizes in self._shares(source, counts):
-            places = [start + first for start, first in zip(starts, firsts, strict=True)]
-            own = output.narrow(0, firsts[self.rank], sizes[self.rank])
-            yield self._reduce_scatter_piece(own, source, places, sizes)
-
     def _all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Pending]]:
         starts = start_offsets(counts)
         for firsts, sizes in self._shares(whole, counts):
@@ -307,7 +312,7 @@ class Messages:
 
     def _shares(self, whole: Tensor, counts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Return where in every rank's part each piece begins, and how much it has of it."""
-        window = max(1, self._piece_numel(whole) // self.world_size)
+        window = max(1, self.piece_numel(whole) // self.world_size)
         for first in range(0, max(counts), window):
             firsts = [min(first, count) for count in counts]
             yield firsts, [min(window, count - start) for count, start in zip(counts, firsts, strict=True)]

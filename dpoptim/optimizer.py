@@ -158,8 +158,11 @@ class DataParallelOptimizer(Optimizer):
         on_host = all(parameter.device.type == "cpu" for parameter in self._parameters())
         if overlap == "auto":
             overlap = try_overlap(base).pays if on_host else has_spare_cores(base)
-        patient = bool(overlap) and on_host and base.topology.num_nodes > 1 and try_overlap(base).sleeps
-        self._communicator = base.duplicate(overlap=bool(overlap), patient=patient)
+        how = {}
+        if overlap and on_host and base.topology.num_nodes > 1:
+            trial = try_overlap(base)
+            how = {"patient": trial.sleeps, "polled": trial.polls}
+        self._communicator = base.duplicate(overlap=bool(overlap), **how)
         self._broadcast(self._parameters())
         self._broadcast([value for entry in state.values() for value in _tensors(entry)])
         if module is not None:

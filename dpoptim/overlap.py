@@ -5,7 +5,8 @@ Note [Trying overlap]
 A thread that exchanges takes time from the computation where it finds no core of its own, and memory bandwidth
 everywhere; MPI waits by taking a whole core. What remains depends on the machine, its network and its MPI, so it is
 tried: an exchange alone, a computation of the same length alone, and both at once, in turns. With several nodes both
-are tried a second time with a thread that sleeps while it waits for the network (Note [Patience] in messages.py).
+are tried a second time with a thread that sleeps while it waits for the network (Note [Patience] in messages.py), and
+where every rank has a node for itself, without a thread (Note [Looking after transfers] in in_flight.py).
 In one node without a core to spare nothing is tried: there an exchange is nothing but work for the same cores.
 Ranks agree on the slowest rank's times, hence all decide alike. The first optimizer on a communicator pays for it,
 some tenths of a second on a slow network, less elsewhere.
@@ -46,8 +47,9 @@ class Trial:
         Size of the exchange (an all-reduce).
     exchange_s, computation_s : float
         Each alone.
-    awake_s, asleep_s : float
-        Both at once, with a thread that waits as MPI does, and with one that sleeps; infinite if not tried.
+    awake_s, asleep_s, polled_s : float
+        Both at once: with a thread that waits as MPI does, with one that sleeps, and without one, where the computation
+        looks after the exchange; infinite if not tried.
     why_not : str or None
         Why nothing was tried, in which case the numbers are 0.
     """
@@ -55,8 +57,9 @@ class Trial:
     num_bytes: int = 0
     exchange_s: float = 0.0
     computation_s: float = 0.0
-    awake_s: float = 0.0
+    awake_s: float = math.inf
     asleep_s: float = math.inf
+    polled_s: float = math.inf
     why_not: str | None = None
 
     @property
@@ -64,7 +67,8 @@ class Trial:
         """The part of the exchange that the computation has hidden, at most 1; below 0 if it costs more."""
         if not self.exchange_s:
             return 0.0
-        return (self.exchange_s + self.computation_s - min(self.awake_s, self.asleep_s)) / self.exchange_s
+        both_s = min(self.awake_s, self.asleep_s, self.polled_s)
+        return (self.exchange_s + self.computation_s - both_s) / self.exchange_s
 
     @property
     def pays(self) -> bool:
@@ -73,16 +77,21 @@ class Trial:
 
     @property
     def sleeps(self) -> bool:
-        """Whether the thread had better sleep while it waits."""
-        return self.asleep_s < self.awake_s
+        """Whether a thread had better sleep while it waits."""
+        return not self.polls and self.asleep_s < self.awake_s
+
+    @property
+    def polls(self) -> bool:
+        """Whether there had better be no thread."""
+        return self.polled_s < min(self.awake_s, self.asleep_s)
 
     def __str__(self) -> str:
         if self.why_not is not None:
             return f"no ({self.why_not})"
         return (
             f"{'yes' if self.pays else 'no'} (of an all-reduce of {self.num_bytes / 2**20:.2g} MiB in "
-            f"{self.exchange_s * 1e3:.2g} ms, a computation hides {self.hidden:.0%}"
-            f"{', which the thread waits for asleep' if self.sleeps else ''})"
+            f"{self.exchange_s * 1e3:.2g} ms, a computation{' that looks after it' if self.polls else ''} hides "
+            f"{self.hidden:.0%}{', for which a thread waits asleep' if self.sleeps else ''})"
         )
 
 
@@ -108,21 +117,26 @@ def has_spare_cores(communicator: Communicator) -> bool:
 def _try(communicator: Communicator) -> Trial:
     if communicator.world_size == 1:
         return Trial(why_not="one rank exchanges nothing")
-    if not messages.takes_threads():
-        return Trial(why_not="this MPI was initialised without MPI_THREAD_MULTIPLE")
-    if communicator.topology.num_nodes == 1 and not has_spare_cores(communicator):
+    topology = communicator.topology
+    if topology.num_nodes == 1 and not has_spare_cores(communicator):
         return Trial(why_not="an exchange in a node is work for its cores, and the ranks' threads fill them")
-    awake = communicator.duplicate(overlap=True)
-    asleep = communicator.duplicate(overlap=True, patient=True) if communicator.topology.num_nodes > 1 else None
+    ways: dict[str, Communicator] = {}
+    if messages.takes_threads():
+        ways["awake_s"] = communicator.duplicate(overlap=True)
+        if topology.num_nodes > 1:
+            ways["asleep_s"] = communicator.duplicate(overlap=True, patient=True)
+    if topology.num_nodes == communicator.world_size:
+        ways["polled_s"] = communicator.duplicate(overlap=True, polled=True)
+    if not ways:
+        return Trial(why_not="this MPI was initialised without MPI_THREAD_MULTIPLE")
     try:
-        return _timed(awake, asleep)
+        return _timed(communicator, ways)
     finally:
-        awake.free()
-        if asleep is not None:
-            asleep.free()
+        for way in ways.values():
+            way.free()
 
 
-def _timed(communicator: Communicator, asleep: Communicator | None) -> Trial:
+def _timed(communicator: Communicator, ways: dict[str, Communicator]) -> Trial:
     matrix = torch.full((_WIDTH, _WIDTH), 1e-3)
     tensor = torch.zeros(_SMALLEST_BYTES // 4)
 
@@ -135,7 +149,9 @@ def _timed(communicator: Communicator, asleep: Communicator | None) -> Trial:
 
     def both(beside: Communicator, times: int) -> None:
         work = beside.all_reduce(tensor, async_op=True)
-        compute(times)
+        for _ in range(times):
+            compute(1)
+            beside.poll()  # as often as backward does
         work.wait()
 
     def seconds(*steps: Callable[[], object]) -> list[float]:
@@ -154,10 +170,10 @@ def _timed(communicator: Communicator, asleep: Communicator | None) -> Trial:
     compute(2)
     exchange_s, ten_s = seconds(exchange, lambda: compute(10))
     times = max(1, round(10 * exchange_s / ten_s))
-    tried = [communicator] if asleep is None else [communicator, asleep]
-    if asleep is not None:
-        asleep.all_reduce(tensor)
+    for way in ways.values():
+        way.all_reduce(tensor)
     steps: list[Callable[[], object]] = [exchange, lambda: compute(times)]
-    steps += [partial(both, beside, times) for beside in tried]
+    steps += [partial(both, way, times) for way in ways.values()]
     rounds = [seconds(*steps) for _ in range(_ROUNDS)]
-    return Trial(num_bytes, *(statistics.median(column) for column in zip(*rounds, strict=True)))
+    exchange_s, computation_s, *both_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return Trial(num_bytes, exchange_s, computation_s, **dict(zip(ways, both_s, strict=True)))

@@ -44,6 +44,8 @@ __all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
 
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
+# Where starting to send takes no thread's turn.
+_POLLED_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Reducer:
     comm_hook : callable
         See :mod:`dpoptim.comm_hooks`.
     bucket_bytes : int
-        A bucket of several gradients has at most so many bytes, and at most 512 KiB if the communicator overlaps.
+        A bucket of several gradients has at most so many bytes, and at most 512 KiB if the communicator
+        overlaps, 256 KiB if it is polled.
     accumulate : int
         How many batches make one mean.
 
@@ -102,7 +105,9 @@ class Reducer:
         self._roll_call = roll_call
         self._number = roll_call.enroll()
         self._comm_hook = comm_hook
-        self._bucket_bytes = min(bucket_bytes, _OVERLAPPED_BYTES) if communicator.overlap else bucket_bytes
+        self._bucket_bytes = bucket_bytes
+        if communicator.overlap:
+            self._bucket_bytes = min(bucket_bytes, _POLLED_BYTES if communicator.is_polled else _OVERLAPPED_BYTES)
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._handles: list[Any] = []
@@ -244,6 +249,7 @@ class Reducer:
         self._arrived.append(index)
         if self.communicator.overlap and self._order:
             self._launch_full_bucket(index)
+            self.communicator.poll()
 
     def _launch_full_bucket(self, index: int) -> None:
         if self._scale is None:

@@ -45,6 +45,7 @@ class TinyStagingArea(StagingArea):
 NODES = {
     "messages": None,
     "a node each": lambda rank: rank,
+    "a node each, polled": lambda rank: rank,
     "one node": lambda rank: 0,
     "blocks": lambda rank: rank // 2,
     "round robin": lambda rank: rank % 2,
@@ -55,6 +56,7 @@ WAYS = [
     ("messages", True, True),
     ("a node each", False, True),
     ("a node each", True, True),
+    ("a node each, polled", True, True),
     ("one node", True, False),
     ("one node", False, True),
     ("blocks", False, True),
@@ -62,7 +64,10 @@ WAYS = [
 ]
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}{', thread' * way[1]}{', no reading' * (not way[2])}")
+@pytest.fixture(
+    params=WAYS,
+    ids=lambda way: f"{way[0]}{', thread' * (way[1] and 'polled' not in way[0])}{', no reading' * (not way[2])}",
+)
 def communicator(request, any_comm, monkeypatch):
     nodes, overlap, reading = request.param
     if not reading:
@@ -79,7 +84,10 @@ def communicator(request, any_comm, monkeypatch):
         monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 8)
         monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
         monkeypatch.setattr(dpoptim.messages, "_SHARE_BYTES", 1)
-    made = Communicator(any_comm, overlap=overlap)
+    made = Communicator(any_comm, overlap=overlap and "polled" not in nodes)
+    if "polled" in nodes:
+        first, made = made, made.duplicate(overlap=True, polled=True)
+        first.free()
     yield made
     made.free()
 

@@ -22,6 +22,8 @@ from oracle import (
 from torch import nn
 
 import dpoptim
+from dpoptim.messages import Messages
+from dpoptim.overlap import Trial
 from dpoptim.utils.consistency import digest
 
 pytestmark = pytest.mark.parallel
@@ -33,6 +35,18 @@ NUM_STEPS = 20
 def mode(request):
     """Give the arguments of every mode in turn."""
     return MODES[request.param]
+
+
+@pytest.fixture(params=["when backward ends", "by a thread", "looked after"])
+def overlap(request, monkeypatch):
+    """Give what to say for every way of exchanging gradients while backward runs, and for none, in turn."""
+    if request.param == "looked after":  # as where every rank has a node for itself
+        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
+        monkeypatch.setattr(dpoptim.optimizer, "try_overlap", lambda _: Trial(polled_s=1.0))
+        monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 256)
+        monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
+        monkeypatch.setattr(dpoptim.messages, "_SHARE_BYTES", 1)
+    return request.param != "when backward ends"
 
 
 def _wrap(name, options, model, **settings):
@@ -66,7 +80,6 @@ def test_every_optimizer_ends_where_one_process_ends(world, mode, name, options,
     opt.detach()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("bucket_mb", [25, 1e-5], ids=["one bucket", "a bucket a tensor"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_settings_do_not_change_the_result(world, mode, overlap, bucket_mb, set_to_none):
@@ -88,7 +101,6 @@ def test_settings_do_not_change_the_result(world, mode, overlap, bucket_mb, set_
     opt.detach()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_are_the_global_mean_when_backward_returns(world, overlap):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(), seeded()
@@ -109,7 +121,6 @@ def test_gradients_are_the_global_mean_when_backward_returns(world, overlap):
 
 
 @pytest.mark.parametrize("no_sync", [True, False])
-@pytest.mark.parametrize("overlap", [True, False])
 def test_accumulation_over_several_backwards(world, mode, no_sync, overlap):
     sizes = part_sizes(world.size, equal=False)
     model, expected = seeded(), seeded()
@@ -185,7 +196,6 @@ class Gated(nn.Module):
         return x + sum(self.experts[i](x) for i in which) if which else x
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 def test_parameters_unused_on_some_ranks(world, mode, overlap):
     """Each rank uses other experts in each step, at times none at all; expert 3 never, by nobody."""
     sizes = part_sizes(world.size, equal=True)
@@ -217,7 +227,6 @@ def test_parameters_unused_on_some_ranks(world, mode, overlap):
     opt.detach()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 def test_late_unfrozen_and_late_frozen_parameters(world, mode, overlap):
     sizes = part_sizes(world.size, equal=True)
     model, expected = seeded(), seeded()
@@ -374,7 +383,6 @@ def test_sparse_embedding_beside_dense_layers(world):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.supports("activation checkpointing", sharded="{mode}")
 def test_activation_checkpointing(world, mode, use_reentrant, overlap):
     from torch.utils.checkpoint import checkpoint

@@ -32,14 +32,15 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int32):
     assert torch.equal(whole, total), dtype
 assert (communicator.node_memory() == "yes") == several, communicator.node_memory()
 
-for mode in ({}, {"shard": True}, {"node_shared": True}):
+modes = [{}, {"shard": True}, {"node_shared": True}]
+for overlap, mode in [(False, mode) for mode in modes] + [(True, mode) for mode in modes if not several]:
     for kind in ("AdamW", "Adafactor"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
         expected = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3)).double()
         expected.load_state_dict(model.state_dict())
         inner = getattr(dpoptim, kind)(model.parameters(), lr=0.01)
-        opt = dpoptim.DataParallelOptimizer(inner, overlap=False, **mode)
+        opt = dpoptim.DataParallelOptimizer(inner, overlap=overlap, **mode)
         plain = getattr(dpoptim, kind)(expected.parameters(), lr=0.01)
         for step in range(4):
             batch = torch.randn(2 * world_size, 400, generator=torch.Generator().manual_seed(step), dtype=torch.float64)

@@ -13,27 +13,31 @@ from dpoptim.overlap import Trial, try_overlap
 
 
 @pytest.mark.parametrize(
-    ("awake_s", "asleep_s", "hidden", "pays", "sleeps"),
+    ("awake_s", "asleep_s", "polled_s", "hidden", "pays", "way"),
     [
-        (0.02, math.inf, 0.0, False, False),
-        (0.012, math.inf, 0.8, True, False),
-        (0.012, 0.015, 0.8, True, False),
-        (0.025, 0.011, 0.9, True, True),
-        (0.03, 0.025, -0.5, False, True),
+        (0.02, math.inf, math.inf, 0.0, False, "a computation hides"),
+        (0.012, math.inf, math.inf, 0.8, True, "a computation hides"),
+        (0.012, 0.015, 0.016, 0.8, True, "a computation hides"),
+        (0.025, 0.011, 0.012, 0.9, True, "asleep"),
+        (0.03, 0.025, math.inf, -0.5, False, "asleep"),
+        (0.012, 0.015, 0.011, 0.9, True, "looks after it"),
+        (math.inf, math.inf, 0.019, 0.1, False, "looks after it"),
     ],
 )
-def test_the_better_way_to_wait_decides(awake_s, asleep_s, hidden, pays, sleeps):
-    trial = Trial(1 << 20, 0.01, 0.01, awake_s, asleep_s)
+def test_the_better_way_to_wait_decides(awake_s, asleep_s, polled_s, hidden, pays, way):
+    trial = Trial(1 << 20, 0.01, 0.01, awake_s, asleep_s, polled_s)
     assert trial.hidden == pytest.approx(hidden)
-    assert (trial.pays, trial.sleeps) == (pays, sleeps)
+    assert (trial.pays, trial.sleeps, trial.polls) == (pays, way == "asleep", way == "looks after it")
     assert str(trial).startswith("yes" if pays else "no")
-    assert ("asleep" in str(trial)) == sleeps
+    assert way in str(trial)
+    assert ("asleep" in str(trial), "looks after" in str(trial)) == (trial.sleeps, trial.polls)
 
 
 def test_nothing_tried_is_no():
     trial = Trial(why_not="one rank exchanges nothing")
     assert not trial.pays
     assert not trial.sleeps
+    assert not trial.polls
     assert str(trial) == "no (one rank exchanges nothing)"
 
 
@@ -65,10 +69,10 @@ def test_ranks_decide_alike(world, monkeypatch, nodes):
     trials = communicator.all_gather_object(trial)
     parameter = torch.nn.Parameter(torch.ones(3))
     opt = dpoptim.DataParallelOptimizer(dpoptim.SGD([parameter], lr=0.1), comm=own, overlap="auto")
-    overlaps = opt.communicator.overlap
+    overlaps, is_polled = opt.communicator.overlap, opt.communicator.is_polled
     parameter.sum().backward()
     opt.step()
     assert trials == [trial] * world.size
-    assert overlaps == trial.pays
-    assert math.isfinite(trial.asleep_s) == (nodes == "a node each")
+    assert (overlaps, is_polled) == (trial.pays, trial.pays and trial.polls)
+    assert math.isfinite(trial.asleep_s) == math.isfinite(trial.polled_s) == (nodes == "a node each")
     assert torch.equal(parameter.detach(), torch.full((3,), 0.9))

@@ -1,0 +1,134 @@
+"""Transfers that go on while their caller computes, as far as it looks after them. No MPI here.
+
+Note [Looking after transfers]
+------------------------------
+MPI goes on with a collective while some MPI call runs. A thread that waits for one takes a core from the computation,
+or the interpreter's lock from its hooks, of which backward may call hundreds. Here whoever computes looks after what is
+under way, from those hooks, and takes neither.
+
+Note [Phases]
+-------------
+All ranks must start the collectives of a communicator in one order, which may not depend on what happens to end first.
+So each phase of a transfer has a communicator of its own, and in each of them transfers start in the order in which
+they began.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["NUM_PIECES", "InFlight", "Transfer"]
+
+# What is under way at most; with 6, as where a thread waits, large tensors take longer (measured).
+NUM_PIECES = 16
+# A look takes some microseconds, and backward may come here more often.
+_BETWEEN_LOOKS_S = 1e-4
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Block until it has ended."""
+
+    def test(self) -> bool:
+        """Whether it has ended; not asked again then."""
+
+
+# The collectives of one piece of a transfer, each started when the one before has ended.
+Phases = Iterator[Pending]
+
+
+class Transfer:
+    """Pieces under way; :class:`InFlight` makes it.
+
+    Parameters
+    ----------
+    in_flight : InFlight
+        What looks after them.
+    num_pieces : int
+        How many have not ended.
+    """
+
+    def __init__(self, in_flight: "InFlight", num_pieces: int) -> None:
+        self._in_flight, self.num_pieces = in_flight, num_pieces
+
+    def wait(self) -> None:
+        """Block until all pieces have ended; errors of their collectives are raised here."""
+        self._in_flight.wait_for(self)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    transfer: Transfer
+    phases: Phases
+
+
+class InFlight:
+    """Pieces of transfers under way, so many of them at a time that the network has enough to do between two looks."""
+
+    def __init__(self) -> None:
+        self._not_started: deque[_Piece] = deque()
+        self._by_phase: list[deque[tuple[_Piece, Pending]]] = []
+        self._num_started = 0
+        self._next_look_s = 0.0
+
+    def begin(self, pieces: Iterable[Phases]) -> Transfer:
+        """Begin a transfer; local, does not block."""
+        begun = list(pieces)
+        transfer = Transfer(self, len(begun))
+        self._not_started += [_Piece(transfer, phases) for phases in begun]
+        self._start_more()
+        return transfer
+
+    def poll(self) -> None:
+        """Go on with what is under way, if that was not done just now; local, does not block."""
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s and self._num_started:
+            self._look()
+            self._next_look_s = now_s + _BETWEEN_LOOKS_S
+
+    def wait_for(self, transfer: Transfer) -> None:
+        """Block until this transfer has ended."""
+        while transfer.num_pieces:
+            phase = next(phase for phase, queue in enumerate(self._by_phase) if queue)
+            self._by_phase[phase][0][1].wait()
+            self._advance(phase)
+            self._look()
+
+    def wait_for_all(self) -> None:
+        """Block until nothing is under way."""
+        while self._num_started:
+            queue = next(queue for queue in self._by_phase if queue)
+            self.wait_for(queue[0][0].transfer)
+
+    def _look(self) -> None:
+        phase = 0
+        while phase < len(self._by_phase):  # a piece that leaves the last phase so far makes another
+            queue = self._by_phase[phase]
+            while queue and queue[0][1].test():
+                self._advance(phase)
+            phase += 1
+        self._start_more()
+
+    def _advance(self, phase: int) -> None:
+        """Let the oldest piece of a phase go on to the next (Note [Phases])."""
+        piece, _ = self._by_phase[phase].popleft()
+        self._enter(piece, phase + 1)
+
+    def _enter(self, piece: _Piece, phase: int) -> None:
+        pending = next(piece.phases, None)
+        if pending is None:
+            piece.transfer.num_pieces -= 1
+            self._num_started -= 1
+            return
+        if phase == len(self._by_phase):
+            self._by_phase.append(deque())
+        self._by_phase[phase].append((piece, pending))
+
+    def _start_more(self) -> None:
+        while self._not_started and self._num_started < NUM_PIECES:
+            self._num_started += 1
+            self._enter(self._not_started.popleft(), 0)
