@@ -385,8 +385,8 @@ class Communicator:
             Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
             whole core. For long transfers beside a computation; only together with ``overlap``.
         polled : bool
-            Have no thread: sums with ``async_op=True`` go on while the caller calls :meth:`poll`. Only together with
-            ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
+            Have no thread: sums and gathers with ``async_op=True`` go on while the caller calls :meth:`poll`. Only
+            together with ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
         """
         made = object.__new__(Communicator)
         made._begin(self._messages.duplicate(), overlap, patient=patient, polled=polled)

@@ -72,7 +72,8 @@ class Exchange:
     patient : bool
         Whether ranks wait asleep for whatever comes from other nodes, even where none share a core.
     polled : bool
-        Whether sums go on while their caller computes and calls :meth:`poll`, if every rank is alone on its node.
+        Whether sums and gathers may go on while their caller computes and calls :meth:`poll`, if every rank is alone
+        on its node.
 
     Attributes
     ----------
@@ -172,6 +173,8 @@ class Exchange:
         """Collect every rank's part of the tensor, where its own is already in place. Any dtype."""
         ways = self._ways_for(tensor)
         if ways is None or not self.topology.is_even:
+            if self._polled is not None and self.may_wait and tensor.nbytes <= self._messages.max_message_bytes:
+                return self._polled.all_gather(tensor, counts)
             self._messages.all_gather(tensor, counts)
             return DONE
         starts = start_offsets(counts)
@@ -201,11 +204,11 @@ class Exchange:
 
     @property
     def is_polled(self) -> bool:
-        """Whether sums that may wait go on meanwhile."""
+        """Whether what may wait goes on meanwhile."""
         return self._polled is not None
 
     def poll(self) -> None:
-        """Go on with the sums under way; local, does not block."""
+        """Go on with what is under way; local, does not block."""
         if self._polled is not None:
             self._polled.poll()
 

@@ -232,7 +232,7 @@ class Messages:
     def all_gather(self, whole: Tensor, counts: Sequence[int]) -> None:
         """Collect every rank's part of ``whole``, where its own is already in place."""
         if self.goes_in_pieces(whole) and whole.nbytes <= self.max_message_bytes:
-            self._keep_in_flight(self._all_gather_pieces(whole, counts))
+            self._keep_in_flight(self.all_gather_pieces(whole, counts))
             return
         if whole.nbytes > self.max_message_bytes:
             for owner, part in enumerate(torch.split(whole, list(counts))):
@@ -274,6 +274,13 @@ class Messages:
             own = output.narrow(0, firsts[self.rank], sizes[self.rank])
             yield self._reduce_scatter_piece(own, source, places, sizes)
 
+    def all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Pending]]:
+        """Collect a share of every rank's part of ``whole``, again and again."""
+        starts = start_offsets(counts)
+        for firsts, sizes in self._shares(whole, counts):
+            places = [start + first for start, first in zip(starts, firsts, strict=True)]
+            yield self._all_gather_piece(whole, places, sizes)
+
     # ---------------------------------------------------------------- how
 
     def _keep_in_flight(self, works: Iterable[Iterator[Pending]]) -> None:
@@ -303,12 +310,6 @@ class Messages:
 
     def _all_gather_piece(self, whole: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Pending]:
         yield self._start("Iallgatherv", self._mpi.IN_PLACE, self._parts(whole, starts, counts))
-
-    def _all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Pending]]:
-        starts = start_offsets(counts)
-        for firsts, sizes in self._shares(whole, counts):
-            places = [start + first for start, first in zip(starts, firsts, strict=True)]
-            yield self._all_gather_piece(whole, places, sizes)
 
     def _shares(self, whole: Tensor, counts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Return where in every rank's part each piece begins, and how much it has of it."""

@@ -33,7 +33,8 @@ _SMALLEST_BYTES, _LARGEST_BYTES = 1 << 18, 1 << 22
 # So long an exchange is enough to see what it costs.
 _ENOUGH_S = 0.01
 _WIDTH = 192
-# Overlap must hide at least this much of an exchange: what it hides in training is less than in a trial.
+# Overlap must hide at least this much of an exchange: what it hides in training is less than in a trial. So must a
+# thread, of what is not hidden without one: a trial has none of the hooks that it delays.
 _WORTH = 0.25
 
 
@@ -67,7 +68,7 @@ class Trial:
         """The part of the exchange that the computation has hidden, at most 1; below 0 if it costs more."""
         if not self.exchange_s:
             return 0.0
-        both_s = min(self.awake_s, self.asleep_s, self.polled_s)
+        both_s = self.polled_s if self.polls else min(self.awake_s, self.asleep_s)
         return (self.exchange_s + self.computation_s - both_s) / self.exchange_s
 
     @property
@@ -83,7 +84,7 @@ class Trial:
     @property
     def polls(self) -> bool:
         """Whether there had better be no thread."""
-        return self.polled_s < min(self.awake_s, self.asleep_s)
+        return self.polled_s < min(self.awake_s, self.asleep_s) + _WORTH * self.exchange_s
 
     def __str__(self) -> str:
         if self.why_not is not None:

@@ -12,7 +12,7 @@ __all__ = ["PolledMessages"]
 
 
 class PolledMessages:
-    """Sums over the ranks of some messages, in messages of their own; construction is collective.
+    """Collectives of the ranks of some messages, in messages of their own; construction is collective.
 
     Every method but :meth:`poll` is collective. Tensors are flat, contiguous, in host memory and not complex; they
     belong to this object until ``Transfer.wait`` returns. Results are the same bits on every rank.
@@ -41,6 +41,10 @@ class PolledMessages:
         if scale != 1.0:
             source = source * scale
         return self._in_flight.begin(self._first.reduce_scatter_pieces(output, source, counts))
+
+    def all_gather(self, whole: Tensor, counts: Sequence[int]) -> Transfer:
+        """Start to collect every rank's part of ``whole``, where its own is already in place."""
+        return self._in_flight.begin(self._first.all_gather_pieces(whole, counts))
 
     def poll(self) -> None:
         """Go on with what is under way; local, does not block."""

@@ -17,8 +17,9 @@ from dpoptim.overlap import Trial, try_overlap
     [
         (0.02, math.inf, math.inf, 0.0, False, "a computation hides"),
         (0.012, math.inf, math.inf, 0.8, True, "a computation hides"),
-        (0.012, 0.015, 0.016, 0.8, True, "a computation hides"),
-        (0.025, 0.011, 0.012, 0.9, True, "asleep"),
+        (0.012, 0.015, 0.015, 0.8, True, "a computation hides"),
+        (0.012, 0.015, 0.014, 0.6, True, "looks after it"),
+        (0.025, 0.011, 0.014, 0.9, True, "asleep"),
         (0.03, 0.025, math.inf, -0.5, False, "asleep"),
         (0.012, 0.015, 0.011, 0.9, True, "looks after it"),
         (math.inf, math.inf, 0.019, 0.1, False, "looks after it"),

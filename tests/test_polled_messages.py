@@ -49,9 +49,13 @@ def test_sums_under_way_at_once_are_those_of_all_ranks(world, messages, dtype):
             part = torch.empty(count, dtype=dtype)
             transfers.append(polled.all_reduce(tensor))
             transfers.append(polled.reduce_scatter(part, _values(rank, numel, dtype, seed), counts, scale))
-            results += [tensor, part]
+            whole = _values(0, numel, dtype, seed)
+            others = torch.ones(numel, dtype=torch.bool)
+            others[start : start + count] = False
+            transfers.append(polled.all_gather(gathered := whole.masked_fill(others, 0), counts))
+            results += [tensor, part, gathered]
             total = _sum(size, numel, dtype, seed)
-            expected += [total, (scale * total[start : start + count]).to(dtype)]
+            expected += [total, (scale * total[start : start + count]).to(dtype), whole]
             for _ in range((rank * 7 + turn * 3 + seed) % 5):
                 polled.poll()
         for transfer in reversed(transfers) if rank % 2 else transfers:
