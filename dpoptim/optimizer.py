@@ -72,11 +72,12 @@ class DataParallelOptimizer(Optimizer):
         The model. Its buffers and its frozen parameters are broadcast too, its names appear in error messages, and
         :meth:`average_buffers` becomes available.
     bucket_mb : float
-        Small gradients, and on one node large ones, are sent together, at most so many MiB at once; at most half a MiB
-        beside backward.
+        Small gradients, and on one node large ones, are sent together, at most so many MiB at once; beside backward at
+        most half a MiB, or a quarter where its hooks send.
     overlap : "auto" or bool
-        Whether gradients are sent by a thread of their own while backward goes on (needs MPI_THREAD_MULTIPLE and a
-        core to spare), or when backward ends. ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
+        Whether gradients are sent while backward goes on, or when it ends. Where every rank is alone on its node,
+        backward's hooks see to it unless a thread does it better; elsewhere a thread does (needs MPI_THREAD_MULTIPLE
+        and a core to spare). ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
     comm_hook : callable, optional
         How a bucket is summed; see :mod:`dpoptim.comm_hooks`.
     accumulate : int
