@@ -19,10 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["NUM_PIECES", "InFlight", "Transfer"]
+__all__ = ["InFlight", "Transfer"]
 
-# What is under way at most; with 6, as where a thread waits, large tensors take longer (measured).
-NUM_PIECES = 16
 # A look takes some microseconds, and backward may come here more often.
 _BETWEEN_LOOKS_S = 1e-4
 
@@ -67,9 +65,16 @@ class _Piece:
 
 
 class InFlight:
-    """Pieces of transfers under way, so many of them at a time that the network has enough to do between two looks."""
+    """Pieces of transfers under way, some of them at a time.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    limit : int
+        How many pieces are under way at most; further ones start when others have ended.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._not_started: deque[_Piece] = deque()
         self._by_phase: list[deque[tuple[_Piece, Pending]]] = []
         self._num_started = 0
@@ -129,6 +134,6 @@ class InFlight:
         self._by_phase[phase].append((piece, pending))
 
     def _start_more(self) -> None:
-        while self._not_started and self._num_started < NUM_PIECES:
+        while self._not_started and self._num_started < self._limit:
             self._num_started += 1
             self._enter(self._not_started.popleft(), 0)

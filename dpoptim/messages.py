@@ -40,6 +40,7 @@ from torch import Tensor
 from dpoptim.partition import even_counts, start_offsets
 
 __all__ = [
+    "NUM_IN_FLIGHT",
     "SUMMED_IN_FLOAT32",
     "Messages",
     "Pending",
@@ -73,7 +74,7 @@ _IN_PIECES_BYTES = 1 << 19
 _SHARE_BYTES = 1 << 15
 # From half a MiB on MPICH's reduce-scatter sends no byte more than is needed for any number of ranks.
 _PIECE_BYTES = 3 << 18
-_NUM_IN_FLIGHT = 6
+NUM_IN_FLIGHT = 6
 _SHORTEST_NAP_S = 5e-5
 # At 10 Gbit/s 250 KB arrive in so long, which the network's own buffers hold.
 _LONGEST_NAP_S = 2e-4
@@ -252,9 +253,14 @@ class Messages:
         least_bytes = max(_IN_PIECES_BYTES, _SHARE_BYTES * self.world_size)
         return self.in_pieces and tensor.is_cpu and tensor.nbytes >= least_bytes
 
+    @property
+    def piece_bytes(self) -> int:
+        """How large pieces are."""
+        return max(_PIECE_BYTES, _SHARE_BYTES * self.world_size)
+
     def piece_numel(self, tensor: Tensor) -> int:
         """Return how many elements of this tensor are a piece."""
-        return max(1, max(_PIECE_BYTES, _SHARE_BYTES * self.world_size) // tensor.element_size())
+        return max(1, self.piece_bytes // tensor.element_size())
 
     def all_reduce_piece(self, piece: Tensor, gathering: "Messages") -> Iterator[Pending]:
         """Sum a piece over all ranks, in place, and gather the sums by other messages of the same ranks, or these."""
@@ -295,7 +301,7 @@ class Messages:
                 window.append((work, following))
 
         for work in works:
-            while len(window) >= _NUM_IN_FLIGHT:
+            while len(window) >= NUM_IN_FLIGHT:
                 advance_oldest()
             window.append((work, next(work)))
         while window:

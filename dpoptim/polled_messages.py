@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from dpoptim.in_flight import InFlight, Transfer
-from dpoptim.messages import SUMMED_IN_FLOAT32, Messages, Pending
+from dpoptim.messages import NUM_IN_FLIGHT, SUMMED_IN_FLOAT32, Messages, Pending
 
 __all__ = ["PolledMessages"]
+
+# The network must have enough to do between two looks: with half of it large tensors took longer (measured).
+_IN_FLIGHT_BYTES = 12 << 20
 
 
 class PolledMessages:
@@ -27,7 +30,7 @@ class PolledMessages:
         self._cut = messages
         self._first, self._second = messages.duplicate(), messages.duplicate()
         self._first.patience_bytes = self._second.patience_bytes = messages.patience_bytes
-        self._in_flight = InFlight()
+        self._in_flight = InFlight(max(NUM_IN_FLIGHT, _IN_FLIGHT_BYTES // messages.piece_bytes))
 
     def all_reduce(self, tensor: Tensor) -> Transfer:
         """Start to sum over all ranks, in place; does not block."""

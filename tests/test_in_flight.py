@@ -3,7 +3,10 @@
 import pytest
 
 import dpoptim.in_flight
-from dpoptim.in_flight import NUM_PIECES, InFlight
+from dpoptim.in_flight import InFlight
+
+
+LIMIT = 4
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ class Network:
 
 
 def test_phases_start_in_the_order_of_transfers_whichever_ends_first(network):
-    in_flight = InFlight()
+    in_flight = InFlight(LIMIT)
     for name in "abc":
         in_flight.begin([network.piece(name, 1 if name == "b" else 2)])
     network.end("c0", "b0")
@@ -68,20 +71,20 @@ def test_phases_start_in_the_order_of_transfers_whichever_ends_first(network):
 
 
 def test_only_so_many_pieces_are_under_way(network):
-    in_flight = InFlight()
-    transfer = in_flight.begin(network.piece(f"{number:02}-", 1) for number in range(NUM_PIECES + 2))
-    assert len(network.started) == NUM_PIECES
+    in_flight = InFlight(LIMIT)
+    transfer = in_flight.begin(network.piece(f"{number:02}-", 1) for number in range(LIMIT + 2))
+    assert len(network.started) == LIMIT
     network.end("00-0")
     in_flight.poll()
-    assert len(network.started) == NUM_PIECES + 1
+    assert len(network.started) == LIMIT + 1
     transfer.wait()
     starts = [line for line in network.log if line.startswith("start")]
     assert starts == sorted(starts)
-    assert len(starts) == len([line for line in network.log if line.startswith("end")]) == NUM_PIECES + 2
+    assert len(starts) == len([line for line in network.log if line.startswith("end")]) == LIMIT + 2
 
 
 def test_who_waits_for_one_transfer_goes_on_with_all(network):
-    in_flight = InFlight()
+    in_flight = InFlight(LIMIT)
     first, second = (in_flight.begin([network.piece(name)]) for name in "ab")
     second.wait()
     assert network.log.index("end a") < network.log.index("end b")
@@ -90,7 +93,7 @@ def test_who_waits_for_one_transfer_goes_on_with_all(network):
 
 
 def test_nothing_to_do_is_done(network):
-    in_flight = InFlight()
+    in_flight = InFlight(LIMIT)
     in_flight.begin([]).wait()
     in_flight.poll()
     in_flight.wait_for_all()
@@ -98,7 +101,7 @@ def test_nothing_to_do_is_done(network):
 
 
 def test_the_end_waits_for_all(network):
-    in_flight = InFlight()
+    in_flight = InFlight(LIMIT)
     for name in "ab":
         in_flight.begin([network.piece(name)])
     in_flight.wait_for_all()
@@ -107,7 +110,7 @@ def test_the_end_waits_for_all(network):
 
 def test_looks_are_not_more_frequent_than_is_worth_it(network, monkeypatch):
     monkeypatch.setattr(dpoptim.in_flight, "_BETWEEN_LOOKS_S", 1e6)
-    in_flight = InFlight()
+    in_flight = InFlight(LIMIT)
     in_flight.begin([network.piece("a")])
     in_flight.poll()
     network.end("a0")
