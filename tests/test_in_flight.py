@@ -5,7 +5,6 @@ import pytest
 import dpoptim.in_flight
 from dpoptim.in_flight import InFlight
 
-
 LIMIT = 4
 
 
