@@ -29,6 +29,11 @@ from meeting import meet
 from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
 import dpoptim.gradient_home
+import dpoptim.optimizer
+from dpoptim.communicator import Communicator
+from dpoptim.messages import Messages
+from dpoptim.overlap import Trial
+from dpoptim.polled_messages import PolledMessages
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 if UNDER_MPIRUN:
@@ -191,3 +196,23 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(command, job.returncode, output, errors)
 
     return run
+
+
+@pytest.fixture
+def looked_after(world: Any, monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """Let every rank have a node for itself, and ``overlap=True`` mean that hooks look after what is under way."""
+    own = world.Dup()  # the communicator that others share knows the real nodes
+    shared = Communicator.shared
+    monkeypatch.setattr(Communicator, "shared", lambda comm=None: shared(own))
+    monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
+    monkeypatch.setattr(dpoptim.optimizer, "try_overlap", lambda _: Trial(polled_s=1.0))
+    made = []
+    init = PolledMessages.__init__
+
+    def note_and_init(self: PolledMessages, messages: Messages) -> None:
+        made.append(self)
+        init(self, messages)
+
+    monkeypatch.setattr(PolledMessages, "__init__", note_and_init)
+    yield
+    assert made or world.size == 1

@@ -22,8 +22,6 @@ from oracle import (
 from torch import nn
 
 import dpoptim
-from dpoptim.messages import Messages
-from dpoptim.overlap import Trial
 from dpoptim.utils.consistency import digest
 
 pytestmark = pytest.mark.parallel
@@ -40,9 +38,8 @@ def mode(request):
 @pytest.fixture(params=["when backward ends", "by a thread", "looked after"])
 def overlap(request, monkeypatch):
     """Give what to say for every way of exchanging gradients while backward runs, and for none, in turn."""
-    if request.param == "looked after":  # as where every rank has a node for itself
-        monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
-        monkeypatch.setattr(dpoptim.optimizer, "try_overlap", lambda _: Trial(polled_s=1.0))
+    if request.param == "looked after":
+        request.getfixturevalue("looked_after")
         monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 256)
         monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
         monkeypatch.setattr(dpoptim.messages, "_SHARE_BYTES", 1)
