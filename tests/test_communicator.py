@@ -45,18 +45,17 @@ class TinyStagingArea(StagingArea):
 NODES = {
     "messages": None,
     "a node each": lambda rank: rank,
-    "a node each, polled": lambda rank: rank,
     "one node": lambda rank: 0,
     "blocks": lambda rank: rank // 2,
     "round robin": lambda rank: rank % 2,
 }
-# By which way, with a thread or not, and whether ranks of a node may read each other's memory.
+# By which way, with a thread, polled or neither, and whether ranks of a node may read each other's memory.
 WAYS = [
     ("messages", False, True),
     ("messages", True, True),
     ("a node each", False, True),
     ("a node each", True, True),
-    ("a node each, polled", True, True),
+    ("a node each", "polled", True),
     ("one node", True, False),
     ("one node", False, True),
     ("blocks", False, True),
@@ -66,7 +65,9 @@ WAYS = [
 
 @pytest.fixture(
     params=WAYS,
-    ids=lambda way: f"{way[0]}{', thread' * (way[1] and 'polled' not in way[0])}{', no reading' * (not way[2])}",
+    ids=lambda way: (
+        f"{way[0]}{', thread' * (way[1] is True)}{', polled' * (way[1] == 'polled')}{', no reading' * (not way[2])}"
+    ),
 )
 def communicator(request, any_comm, monkeypatch):
     nodes, overlap, reading = request.param
@@ -84,8 +85,8 @@ def communicator(request, any_comm, monkeypatch):
         monkeypatch.setattr(dpoptim.messages, "_IN_PIECES_BYTES", 8)
         monkeypatch.setattr(dpoptim.messages, "_PIECE_BYTES", 100)
         monkeypatch.setattr(dpoptim.messages, "_SHARE_BYTES", 1)
-    made = Communicator(any_comm, overlap=overlap and "polled" not in nodes)
-    if "polled" in nodes:
+    made = Communicator(any_comm, overlap=overlap is True)
+    if overlap == "polled":
         first, made = made, made.duplicate(overlap=True, polled=True)
         first.free()
     yield made

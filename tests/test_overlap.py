@@ -105,3 +105,23 @@ def test_hooks_look_after_what_is_under_way(world, looked_after, monkeypatch):
     opt.detach()
     assert not names
     assert looks == [1, 2, 3, 4]
+
+
+@pytest.mark.parallel
+@pytest.mark.ranks(2, 3)
+def test_hooks_need_no_mpi_for_threads(world, monkeypatch):
+    if world.size == 1:
+        pytest.skip("one rank exchanges nothing")
+    monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
+    monkeypatch.setattr(messages, "takes_threads", lambda: False)
+    own = world.Dup()  # or the trial of another test would be found
+    parameter = torch.nn.Parameter(torch.ones(3))
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD([parameter], lr=0.1), comm=own, overlap=True)
+    is_polled = opt.communicator.is_polled
+    for _ in range(2):
+        opt.zero_grad()
+        (parameter.sum() * (world.rank + 1)).backward()
+    mean = parameter.grad.clone()
+    opt.detach()
+    assert is_polled
+    assert torch.equal(mean, torch.full((3,), (world.size + 1) / 2))
