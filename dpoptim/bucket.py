@@ -1,6 +1,6 @@
 """Bucket: gradients that travel together, as one flat tensor. No communication here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,15 +78,17 @@ class Bucket:
         self.indices = tuple(indices)
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
         self.num_pending = len(self.indices)
-        self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.flat = self._nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         self.scale = 1.0
         self.shapes = [parameter.shape for parameter in parameters]
         self._numels = [parameter.numel() for parameter in parameters]
         self._have_homes = [parameter.is_contiguous() and is_large(parameter) for parameter in parameters]
         self._buffer: Tensor | None = None
+        self._own_buffer: Tensor | None = None  # this rank's part of it
         self._places: list[Tensor] = []  # in the buffer
         self._own_places: list[Tensor] = []
-        self._homes: list[Home | None] = []
+        self._homes: dict[int, Home] = {}  # by position
+        self._has_given_memory = False
         # Of what is packed: which gradients were copied, themselves, and where to.
         self._copied: Sequence[int] = ()
         self._gradients: list[Tensor] = []
@@ -100,7 +102,9 @@ class Bucket:
     @property
     def own(self) -> Tensor:
         """The part of ``flat`` that this rank owns; all of it if it is not divided."""
-        return self.flat if self.division is None else self.flat[self.division.start : self.division.stop]
+        if self.flat is self._buffer and self._own_buffer is not None:
+            return self._own_buffer
+        return self._own_part(self.flat)
 
     @property
     def numel(self) -> int:
@@ -126,11 +130,14 @@ class Bucket:
             The homes of large gradients, by the caller's numbers of their parameters.
         """
         self._use_buffer(tensor_at(self.dtype, [self.numel], 0))
-        self._homes, offset_bytes = [], 0
-        for has_home, shape, numel in zip(self._have_homes, self.shapes, self._numels, strict=True):
-            self._homes.append(Home(tensor_at(self.dtype, shape, offset_bytes)) if has_home else None)
-            offset_bytes += numel * self.dtype.itemsize
-        return {index: home for index, home in zip(self.indices, self._homes, strict=True) if home is not None}
+        self._has_given_memory = True
+        offsets_bytes = [offset * self.dtype.itemsize for offset in start_offsets(self._numels)]
+        self._homes = {
+            position: Home(tensor_at(self.dtype, shape, offset_bytes))
+            for position, (shape, offset_bytes) in enumerate(zip(self.shapes, offsets_bytes, strict=True))
+            if self._have_homes[position]
+        }
+        return {self.indices[position]: home for position, home in self._homes.items()}
 
     def pack(self, gradients: Sequence[Tensor | None], scale: float, *, scaled: bool = True) -> bool:
         """Bring the gradients into ``flat``; those that are absent or do not fit count as zero. Under ``no_grad``.
@@ -150,7 +157,7 @@ class Bucket:
             Whether every gradient that is there fits the bucket.
         """
         all_fit = True
-        if not self._homes and len(gradients) == 1 and self._can_be_flat(gradients[0]):
+        if not self._has_given_memory and len(gradients) == 1 and self._can_be_flat(gradients[0]):
             assert gradients[0] is not None
             self.flat = gradients[0].view(-1)
             self._copied, self._gradients, self._copies = (), [], []
@@ -169,13 +176,14 @@ class Bucket:
             torch._foreach_copy_(self._gradients, self._copies)
             return
         copied = dict(zip(self._copied, zip(self._gradients, self._copies, strict=True), strict=True))
+        places = self._own_places if self.flat is self._buffer else self._own_places_in(self.own)
         targets, sources = [], []
-        for piece in self.own_pieces:
+        for piece, place in zip(self.own_pieces, places, strict=True):
             if piece.position not in copied:
                 continue
             target, source = copied[piece.position]
             if piece.position in self._cut and target.is_contiguous():
-                target, source = (tensor.detach().view(-1)[piece.start : piece.stop] for tensor in (target, source))
+                target, source = target.detach().view(-1)[piece.start : piece.stop], place
             targets.append(target)
             sources.append(source)
         if targets:
@@ -187,13 +195,14 @@ class Bucket:
         It shares memory with those that are not copied, and is valid until the next :meth:`pack`. Under ``no_grad``.
         """
         assert self.division is not None
-        if not self._homes and len(gradients) == 1 and gradients[0] is not None:
+        if not self._has_given_memory and len(gradients) == 1 and gradients[0] is not None:
             return gradients[0].reshape(-1)[self.division.start : self.division.stop]
         if self._buffer is None:
             self._use_buffer(torch.empty(self.numel, dtype=self.dtype, device=self.device))
-        assert self._buffer is not None
-        own, places = self._buffer[self.division.start : self.division.stop], self._own_places
-        away = [i for i in self._own_positions if gradients[i] is not None and not self._is_at_home(i, gradients[i])]
+        assert self._own_buffer is not None
+        own, places = self._own_buffer, self._own_places
+        at_home = self._find_at_home(gradients)
+        away = [i for i in self._own_positions if gradients[i] is not None and i not in at_home]
         if not self._are_free(away):  # all is copied to elsewhere
             own = torch.empty_like(own)
             places = self._own_places_in(own)
@@ -212,7 +221,7 @@ class Bucket:
 
     def release(self) -> None:
         """Let go of the gradient that ``flat`` may be, or the next backward would find its memory taken."""
-        self.flat = self.flat.new_empty(0)
+        self.flat = self._nothing
         self._copied, self._gradients, self._copies = (), [], []
 
     def reduced(self, position: int) -> Tensor:
@@ -231,7 +240,8 @@ class Bucket:
         self.flat, places = self._buffer, self._places
         positions: Sequence[int] = range(len(gradients))
         if self._homes:
-            positions = [i for i in positions if not self._is_at_home(i, gradients[i])]
+            at_home = self._find_at_home(gradients)
+            positions = [i for i in positions if i not in at_home]
             if not self._are_free(positions):
                 self.flat = torch.empty_like(self._buffer)
                 places, positions = self._places_in(self.flat), range(len(gradients))
@@ -253,9 +263,12 @@ class Bucket:
         return all(gradients[i] is None for i in missing)
 
     def _use_buffer(self, buffer: Tensor) -> None:
-        self._buffer, self._places = buffer, self._places_in(buffer)
+        self._buffer, self._own_buffer, self._places = buffer, self._own_part(buffer), self._places_in(buffer)
         if self.division is not None:
-            self._own_places = self._own_places_in(buffer[self.division.start : self.division.stop])
+            self._own_places = self._own_places_in(self._own_buffer)
+
+    def _own_part(self, flat: Tensor) -> Tensor:
+        return flat if self.division is None else flat[self.division.start : self.division.stop]
 
     def _own_places_in(self, own: Tensor) -> list[Tensor]:
         """Return where the pieces of this rank's part lie in it, in the gradient's shape if that is whole."""
@@ -269,12 +282,10 @@ class Bucket:
         parts = torch.split(flat, self._numels)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def _is_at_home(self, position: int, gradient: Tensor | None) -> bool:
-        if not self._homes or gradient is None:
-            return False
-        home = self._homes[position]
-        return home is not None and home.has(gradient)
+    def _find_at_home(self, gradients: Sequence[Tensor | None]) -> set[int]:
+        """Return the positions of gradients that are at home."""
+        return {i for i, home in self._homes.items() if (g := gradients[i]) is not None and home.has(g)}
 
-    def _are_free(self, positions: Iterable[int]) -> bool:
+    def _are_free(self, positions: Container[int]) -> bool:
         """Whether nobody holds what has last lain in these gradients' places."""
-        return all(home.is_free() for i in positions if self._homes and (home := self._homes[i]) is not None)
+        return all(home.is_free() for position, home in self._homes.items() if position in positions)

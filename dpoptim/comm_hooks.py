@@ -49,7 +49,7 @@ def sum_over_ranks(communicator: Communicator, bucket: Bucket, flat: Tensor, *, 
     division = bucket.division
     if division is None:
         return communicator.all_reduce(flat, scale=scale, async_op=True)
-    own = flat[division.start : division.stop]
+    own = bucket.own if flat is bucket.flat else flat[division.start : division.stop]
     reduce_scatter = communicator.reduce_scatter_in_node if division.in_node else communicator.reduce_scatter
     return reduce_scatter(own, flat, counts=division.counts, scale=scale, async_op=True)
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpoptim.step_hooks import bare_step
+
 __all__ = ["CompiledStep", "check_compiler"]
 
 
@@ -31,10 +33,7 @@ class CompiledStep:
     """
 
     def __init__(self, torch_class: type[torch.optim.Optimizer]) -> None:
-        body: Any = torch_class.step
-        while hasattr(body, "__wrapped__"):  # without profiling, hooks and gradient mode
-            body = body.__wrapped__
-        self._body: Callable[[Any], Any] = body
+        self._body = bare_step(torch_class)
         self._compiled: dict[int, Callable[..., None]] = {}
 
     def __call__(self, number: int, group: dict[str, Any], lists: Sequence[list[Tensor]]) -> None:

@@ -51,13 +51,15 @@ class DividedReducer(Reducer):
     ----------
     sleeping_buckets : list of Bucket
         Those that are not reduced, since no rank trains their parameters.
+    put_aside : dict of int to Tensor
+        Parts of gradients that were reduced before, by their parameters' numbers; this object's to write to.
     """
 
     def __init__(self, sharding: Sharding, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sleeping_buckets: list[Bucket] = []
         self._sharding = sharding
-        self._put_aside: dict[int, Tensor] = {}
+        self.put_aside: dict[int, Tensor] = {}
         self._without_mark: set[int] = set()
 
     @property
@@ -75,7 +77,7 @@ class DividedReducer(Reducer):
 
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
-        self._put_aside.clear()
+        self.put_aside.clear()
         self._without_mark.clear()
 
     def before_adding(self, index: int) -> None:
@@ -91,21 +93,16 @@ class DividedReducer(Reducer):
             if piece is not None:
                 flat = gradient.reshape(-1)[piece.start : piece.stop]
                 if gradient.is_contiguous():
-                    self._put_aside[index] = flat.clone()
+                    self.put_aside[index] = flat.clone()
                 else:
                     whole = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
                     whole.view(-1)[piece.start : piece.stop] = flat
-                    self._put_aside[index] = whole
+                    self.put_aside[index] = whole
             gradient.zero_()
-
-    @property
-    def has_put_aside(self) -> bool:
-        """Whether parts of gradients are put aside."""
-        return bool(self._put_aside)
 
     def before_making(self, index: int) -> None:
         """Forget what was put aside of a gradient that is gone; called before autograd makes another."""
-        self._put_aside.pop(index, None)
+        self.put_aside.pop(index, None)
         self._without_mark.discard(index)
 
     def _prepare(self) -> None:
@@ -113,7 +110,7 @@ class DividedReducer(Reducer):
             self.before_adding(index)  # this backward has not come to it
 
     def _add_what_was_put_aside(self) -> None:
-        for index, part in self._put_aside.items():
+        for index, part in self.put_aside.items():
             gradient, piece = self._parameters[index].grad, self._own_piece(index)
             is_sum = index in self._without_mark or getattr(gradient, _MARK, None) == _PUT_ASIDE
             if gradient is None or piece is None or not is_sum:
@@ -234,11 +231,12 @@ class _BeforeAdding:
 
     def __init__(self, reducer: DividedReducer, index: int, parameter: Tensor) -> None:
         self._reducer, self._index, self._parameter = reducer, index, parameter
+        self._put_aside = reducer.put_aside
 
     def __call__(self, _: Tensor) -> None:
         if self._parameter.grad is not None:
             self._reducer.before_adding(self._index)
-        elif self._reducer.has_put_aside:
+        elif self._put_aside:
             self._reducer.before_making(self._index)
 
 

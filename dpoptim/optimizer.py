@@ -29,6 +29,7 @@ from dpoptim.reducer import Reducer
 from dpoptim.roll_call import RollCall
 from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
+from dpoptim.step_hooks import FIRST_HOOK, run_hooks_around_step
 from dpoptim.utils.consistency import raise_together
 from dpoptim.utils.state_dict import (
     Form,
@@ -141,8 +142,8 @@ class DataParallelOptimizer(Optimizer):
         for hooks in _HOOK_DICTS:  # hooks registered on the inner optimizer go on working, with the wrapper
             setattr(self, hooks, getattr(optimizer, hooks))
         pre_hooks = cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)
-        pre_hooks[_FIRST_HOOK] = self._reduce_before_step
-        pre_hooks.move_to_end(_FIRST_HOOK, last=False)
+        pre_hooks[FIRST_HOOK] = self._reduce_before_step
+        pre_hooks.move_to_end(FIRST_HOOK, last=False)
         self._is_constructed = True
 
         settings = {
@@ -466,7 +467,7 @@ class DataParallelOptimizer(Optimizer):
             self._divided = None
             load_full_form(self, form)
         self._reducer.detach()
-        del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[_FIRST_HOOK]
+        del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[FIRST_HOOK]
         self._communicator.free()
 
     @contextlib.contextmanager
@@ -596,6 +597,11 @@ class DataParallelOptimizer(Optimizer):
     def _names(self) -> list[str]:
         return parameter_names(self.param_groups, self._module)
 
+    def _patch_step_function(self) -> None:
+        """Wrap this class's step, as torch does here (Note [A step without its mark] in step_hooks.py)."""
+        run_hooks_around_step(type(self))
+        super()._patch_step_function()
+
     def _reduce_before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce what backward could not, before the user's step hooks see the gradients."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -684,9 +690,7 @@ def _count_or_step(opt: DataParallelOptimizer, closure: Callable[[], Any] | None
     return type(opt).step(opt)
 
 
-# Key of the wrapper's own step hook among the user's, which torch numbers from 0.
-_FIRST_HOOK = -1
-# Key of its own load_state_dict hook, which is there while a state is loaded, behind the user's.
+# Key of the wrapper's own load_state_dict hook, which is there while a state is loaded, behind the user's.
 _LAST_HOOK = -2
 
 _HOOK_DICTS = (

@@ -106,7 +106,8 @@ class Reducer:
         self._number = roll_call.enroll()
         self._comm_hook = comm_hook
         self._bucket_bytes = bucket_bytes
-        if communicator.overlap:
+        self._sends_early = communicator.overlap
+        if self._sends_early:
             self._bucket_bytes = min(bucket_bytes, _POLLED_BYTES if communicator.is_polled else _OVERLAPPED_BYTES)
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
@@ -158,6 +159,7 @@ class Reducer:
         """
         self._leave_homes()
         self.communicator = communicator
+        self._sends_early = communicator.overlap
         self._roll_call = roll_call
         self._sparse_dims = {}
         self._had_anywhere = []
@@ -235,8 +237,8 @@ class Reducer:
 
     # ---------------------------------------------------------------- while backward runs
 
-    def on_gradient(self, index: int) -> None:
-        """Take note that a parameter's gradient is ready; called by autograd."""
+    def on_gradient(self, index: int, _: Tensor) -> None:
+        """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
         if index in self._homes:
             self._homes[index].take_in(self._parameters[index])
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
@@ -247,7 +249,7 @@ class Reducer:
             self._tasks.add(task)
             Variable._execution_engine.queue_callback(self._on_backward_end)
         self._arrived.append(index)
-        if self.communicator.overlap and self._order:
+        if self._sends_early and self._order:
             self._launch_full_bucket(index)
             self.communicator.poll()
 
@@ -529,22 +531,15 @@ class Reducer:
             for index in self._order
             if index not in self._sparse_dims and any(report.trainable[index] for report in reports)
         ]
-        if (is_first and self.communicator.overlap) or set(wanted) != set(self._place):
+        if (is_first and self._sends_early) or set(wanted) != set(self._place):
             self._plan(wanted)
 
     def _describe(self, index: int) -> str:
         return f"parameter '{self._names[index]}'"
 
 
-class _GradientHook:
-    """Tells a reducer that autograd has accumulated a parameter's gradient."""
-
-    def __init__(self, reducer: Reducer, index: int) -> None:
-        self._on_gradient = reducer.on_gradient
-        self._index = index
-
-    def __call__(self, _: Tensor) -> None:
-        self._on_gradient(self._index)
+class _GradientHook(partial[None]):
+    """Tells a reducer that autograd has accumulated a parameter's gradient; without a call of its own."""
 
 
 @torch.no_grad()
@@ -566,7 +561,7 @@ def _before_making(home: Home, parameter: Tensor) -> Any:
 
 
 def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
-    return parameter.register_post_accumulate_grad_hook(_GradientHook(reducer, index))
+    return parameter.register_post_accumulate_grad_hook(_GradientHook(reducer.on_gradient, index))
 
 
 def add_hook(parameter: Tensor, register: Callable[[Tensor], Any]) -> Any:

@@ -18,7 +18,8 @@ copied into a flat buffer before the step, and all of them out of it when the ra
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dpoptim.bucket import Bucket
 from dpoptim.flat_step import FlatStep
 from dpoptim.gradient_home import is_large
 from dpoptim.partition import Piece, pieces_within, start_offsets
+from dpoptim.step_hooks import bare_step
 
 __all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State", "is_elementwise"]
 
@@ -49,6 +51,9 @@ _ELEMENTWISE = (
     "SGD",
 )
 
+# Of these the fused step of flat tensors needs nothing but torch's own code.
+_FUSED_BARE = ("Adam", "AdamW", "SGD")
+
 # One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
 State = dict[str, Any]
 # Flat tensors to be gathered, and how many elements of each every owner has.
@@ -62,9 +67,24 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     itself. A subclass may do anything, so it does not inherit the property.
     """
     kind = type(optimizer)
-    if kind.__module__.split(".")[0] in ("torch", "dpoptim"):
+    if _is_known(kind):
         return kind.__name__ in _ELEMENTWISE
     return bool(vars(kind).get("is_elementwise", False))
+
+
+def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
+    """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
+    kind = type(optimizer)
+    if not _is_known(kind) or kind.__name__ not in _FUSED_BARE:
+        return None
+    torch_class = getattr(torch.optim, kind.__name__)
+    as_torchs = object.__new__(torch_class)
+    as_torchs.__dict__ = optimizer.__dict__  # the same object, of another class
+    return partial(bare_step(torch_class), as_torchs)
+
+
+def _is_known(kind: type[Optimizer]) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", "dpoptim")
 
 
 class ShardedStep:
@@ -87,6 +107,7 @@ class ShardedStep:
         self._inner.state = defaultdict(dict)
         self._inner.param_groups = []
         FlatStep.of(self._inner).compiled = FlatStep.of(optimizer).compiled
+        self._fused_step = _fused_step(self._inner) if by_element else None
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
         """Take over the parameters of a divided bucket.
@@ -116,9 +137,12 @@ class ShardedStep:
         if not stepped:
             return
         try:
-            step = type(self._inner).step
-            # Step hooks have run on the wrapper; the class's own step would run the global ones again.
-            getattr(step, "__wrapped__", step)(self._inner)
+            if self._fused_step is not None and all(group.get("fused") for group in self._inner.param_groups):
+                self._fused_step()
+            else:
+                step = type(self._inner).step
+                # Step hooks have run on the wrapper; the class's own step would run the global ones again.
+                getattr(step, "__wrapped__", step)(self._inner)
         finally:
             for tensor in stepped:
                 tensor.grad = None
@@ -348,8 +372,10 @@ class Part:
 
     def _follow_moves(self, state: Any) -> None:
         """Let units that are views of parameters follow them to other memory."""
+        if self._by_element and not self._lies_apart:
+            return  # they are views of memory of this object's
         self._note_moves()
-        if self._are_units_in_place or (self._by_element and not self._lies_apart):
+        if self._are_units_in_place:
             return
         self._are_units_in_place = True
         for unit in self.units:

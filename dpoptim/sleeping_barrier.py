@@ -49,11 +49,11 @@ class SleepingBarrier:
     ) -> None:
         assert words.dtype == torch.int32
         self._memory = words  # keeps the mapping alive
-        addresses = [words.data_ptr() + 4 * _WORDS_BETWEEN * number for number in range(world_size + 1)]
-        *self._arrivals, self._gate = [ctypes.c_int32.from_address(address) for address in addresses]
-        self._gate_address = ctypes.c_void_p(addresses[-1])
-        self._own = self._arrivals.pop(rank)
-        self._count = 0
+        start, gate = words.data_ptr(), words.data_ptr() + 4 * _WORDS_BETWEEN * world_size
+        self._arrivals = (ctypes.c_int32 * (_WORDS_BETWEEN * world_size)).from_address(start)
+        self._own = ctypes.c_int32.from_address(start + 4 * _WORDS_BETWEEN * rank)
+        self._gate, self._gate_address = ctypes.c_int32.from_address(gate), ctypes.c_void_p(gate)
+        self._count, self._last_count = 0, 0
         self._meanwhile = meanwhile
         self._naps = [ctypes.byref(_TimeSpec(0, nap * 1_000_000)) for nap in (_NAPS_MS if meanwhile else (100,))]
         self._fence = threading.Lock()
@@ -78,7 +78,7 @@ class SleepingBarrier:
 
     def arrive(self) -> None:
         """Tell the others that this rank is here, the first half of :meth:`wait`; does not block."""
-        self._count = self._count % _EVERYBODY + 1
+        self._last_count, self._count = self._count, self._count % _EVERYBODY + 1
         self._order_memory()
         self._own.value = self._count
         if self.are_all_here():  # so is whoever comes at the same time: one of them sees the other
@@ -88,7 +88,8 @@ class SleepingBarrier:
     def are_all_here(self) -> bool:
         """Whether all others have arrived as often as this rank; once true, the second half of :meth:`wait`."""
         self._order_memory()
-        is_here = not any(self._is_behind(arrivals.value) for arrivals in self._arrivals)
+        # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
+        is_here = self._last_count not in self._arrivals[::_WORDS_BETWEEN]
         self._order_memory()
         return is_here
 
@@ -104,10 +105,6 @@ class SleepingBarrier:
                 return
             if self._meanwhile is not None:
                 self._meanwhile()
-
-    def _is_behind(self, seen: int) -> bool:
-        # Nobody is ever more than one arrival ahead or behind, so that "not one behind" means there.
-        return seen == self._count - 1 or (self._count == 1 and seen == _EVERYBODY)
 
     def _futex(self, operation: int, value: int, timeout: object) -> None:
         # Wakes by another cause and vanished waits are all the same: the caller looks again.

@@ -25,12 +25,12 @@ class Topology:
     node: int
     local_rank: int
 
-    @property
+    @cached_property
     def local_size(self) -> int:
         """How many ranks this rank's node has."""
         return len(self.nodes[self.node])
 
-    @property
+    @cached_property
     def num_nodes(self) -> int:
         """How many nodes there are."""
         return len(self.nodes)

@@ -146,6 +146,34 @@ def test_zero_grad_of_a_class_of_its_own_is_called(world):
     assert calls == [True]
 
 
+def test_the_profiler_sees_a_step(world):
+    model = seeded()
+    opt = dpoptim.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), world)
+    with torch.profiler.profile(acc_events=True) as profile:
+        train(opt, model, joined_batch(world.rank, [3]))
+    opt.detach()
+    assert "Optimizer.step#DataParallelOptimizer.step" in [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "global pre", "global post"])
+def test_a_step_hook_that_is_alone_runs_as_long_as_it_is_registered(world, kind):
+    model, calls = seeded(), []
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), world)
+    register = {
+        "pre": opt.register_step_pre_hook,
+        "post": opt.register_step_post_hook,
+        "global pre": register_optimizer_step_pre_hook,
+        "global post": register_optimizer_step_post_hook,
+    }[kind]
+    train(opt, model, joined_batch(world.rank, [3]))
+    handle = register(lambda optimizer, *_: calls.append(optimizer))
+    train(opt, model, joined_batch(world.rank, [3]))
+    handle.remove()
+    train(opt, model, joined_batch(world.rank, [3]))
+    opt.detach()
+    assert [optimizer is opt for optimizer in calls] == [True]
+
+
 def test_the_profiler_sees_zero_grad(world):
     model = torch.nn.Linear(2, 2)
     opt = dpoptim.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), world)

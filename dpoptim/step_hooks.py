@@ -1,0 +1,64 @@
+"""The hooks around a step of the wrapper: its own first, then the user's, as torch runs them. Local.
+
+Note [A step without its mark]
+------------------------------
+torch wraps the ``step`` of an optimizer's class when the first object of it is made. The wrapper runs the hooks, and
+leaves a mark for the profiler, also where none runs: of a small model's step that is a good part. The class is wrapped
+here, at the same time, by what asks first: with a profiler, a compiler that reads the code, or a hook of the user's all
+is as torch does it; else the wrapper's own hook and the step are all that runs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+__all__ = ["FIRST_HOOK", "bare_step", "run_hooks_around_step"]
+
+# Key of the wrapper's own step hook among the user's, which torch numbers from 0.
+FIRST_HOOK = -1
+
+
+def run_hooks_around_step(kind: type[Optimizer]) -> None:
+    """Wrap the step of a class, whose objects have a hook of their own before it, unless it is wrapped already."""
+    step: Any = kind.step
+    if getattr(step, "hooked", False):
+        return
+    marked = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+        own = _only_hook(self)
+        if own is None or torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
+            return marked(self, *args, **options)
+        own(self, (self, *args), options)
+        return step(self, *args, **options)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch asks for it
+    kind.step = wrapper  # type: ignore[method-assign]
+
+
+def bare_step(torch_class: type[Optimizer]) -> Callable[[Any], Any]:
+    """Return the step of a class of ``torch.optim`` alone: without hooks, mark, and the choice of gradient mode."""
+    step: Any = torch_class.step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    bare: Callable[[Any], Any] = step
+    return bare
+
+
+def _only_hook(optimizer: Any) -> Callable[..., None] | None:
+    """Return the wrapper's own hook, if there is no other."""
+    before = optimizer._optimizer_step_pre_hooks
+    if (
+        len(before) > 1
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    ):
+        return None
+    own: Callable[..., None] | None = before.get(FIRST_HOOK)
+    return own
