@@ -7,14 +7,16 @@ prints the tables; with `--plot step.png` it draws them, which needs matplotlib.
 
 import argparse
 import json
+import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "overhead", "tables"]
+__all__ = ["draw", "error", "overhead", "tables"]
 
 _REFERENCE = "DDP"
+_NUM_RESAMPLINGS = 400
 
 
 def median_ms(result: dict[str, Any], model: str, contender: str) -> float | None:
@@ -25,10 +27,31 @@ def median_ms(result: dict[str, Any], model: str, contender: str) -> float | Non
 
 def overhead(result: dict[str, Any], model: str, contender: str) -> float | None:
     """Return a contender's overhead over `local` as a ratio to DDP's; None on one rank, which exchanges nothing."""
-    own, local, ddp = (median_ms(result, model, name) for name in (contender, "local", _REFERENCE))
-    if own is None or local is None or ddp is None or ddp == local or result["configuration"]["ranks"] == 1:
+    if result["configuration"]["ranks"] == 1:
         return None
-    return (own - local) / (ddp - local)
+    return _ratio([median_ms(result, model, name) for name in (contender, "local", _REFERENCE)])
+
+
+def error(result: dict[str, Any], model: str, contender: str) -> float | None:
+    """Return how far the overhead may be off as far as the rounds tell: half of what two thirds of resamplings span.
+
+    Rounds are drawn anew, with replacement (the bootstrap; Efron 1979), the same ones for all contenders, since they
+    were measured side by side. What is the same in all rounds, such as where a program's memory lies, it does not know.
+    None where there is no overhead, or no error: `local` and DDP.
+    """
+    if contender in ("local", _REFERENCE) or overhead(result, model, contender) is None:
+        return None
+    times = [result["models"][model][name]["ms"] for name in (contender, "local", _REFERENCE)]
+    rounds, chance = range(len(times[0])), random.Random(0)  # noqa: S311  the same table each time
+    drawn = [chance.choices(rounds, k=len(rounds)) for _ in range(_NUM_RESAMPLINGS)]
+    ratios = [_ratio([statistics.median(row[number] for number in numbers) for row in times]) for numbers in drawn]
+    found = sorted(ratio for ratio in ratios if ratio is not None)
+    return (found[len(found) * 5 // 6] - found[len(found) // 6]) / 2 if found else None
+
+
+def _ratio(medians_ms: Sequence[float | None]) -> float | None:
+    own, local, ddp = medians_ms
+    return None if own is None or local is None or ddp is None or ddp == local else (own - local) / (ddp - local)
 
 
 def tables(result: dict[str, Any]) -> list[str]:
@@ -46,7 +69,9 @@ def tables(result: dict[str, Any]) -> list[str]:
         if median is None:
             reasons.append(f"{contender}, {model}: {result['models'][model][contender]['fails']}")
             return f"fails: {reasons[-1].split(': ')[1]}"
-        return f"{median:.1f}" if ratio is None else f"{median:.1f} ({ratio:.2f})"
+        spread = error(result, model, contender)
+        overheads = "" if ratio is None else f" ({ratio:.2f})" if spread is None else f" ({ratio:.2f} ± {spread:.2f})"
+        return f"{median:.1f}{overheads}"
 
     def memory_cell(model: str, contender: str) -> str:
         measured = result["models"][model][contender]
@@ -62,7 +87,7 @@ def tables(result: dict[str, Any]) -> list[str]:
         f"{conf['ranks']} rank{'s' * (conf['ranks'] > 1)} of {conf['threads']} thread on {place} ({conf['processor']}, "
         f"{conf['cores']} cores), torch {conf['torch']}, {conf['mpi']}{heat}.",
         f"Median ms a step over {conf['rounds']} rounds of {conf['steps']} steps; in brackets the overhead over local, "
-        "DDP = 1:",
+        "DDP = 1, and how far it may be off as far as the rounds tell:",
         "",
         *header,
         *(row(contender, time_cell) for contender in contenders),

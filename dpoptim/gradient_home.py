@@ -11,6 +11,8 @@ where the user wants it. And nothing moves to a home whose last gradient somebod
 is never overwritten by the next backward.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,13 @@ class Home:
 
     def __init__(self, memory: Tensor) -> None:
         self._memory, self._storage = memory, memory.untyped_storage()
-        self._place = memory.data_ptr()
+        self._place, self._dtype = memory.data_ptr(), memory.dtype
         self._is_about_to_be_made = False
+        self._num_users = partial(torch._C._storage_Use_Count, self._storage._cdata)
         self._num_users_if_free = self._num_users()
 
-    def before_adding(self, parameter: Tensor) -> None:
-        """Take note whether autograd is about to make a gradient, or to add to one."""
+    def before_adding(self, parameter: Tensor, _: Tensor) -> None:
+        """Take note whether autograd is about to make a gradient, or to add to one; called by autograd."""
         self._is_about_to_be_made = parameter.grad is None
 
     def take_in(self, parameter: Tensor) -> None:
@@ -45,7 +48,14 @@ class Home:
         self._is_about_to_be_made = False
         gradient = parameter.grad
         # autograd has seen to its shape and device
-        if type(gradient) is Tensor and self._fits(gradient) and self.is_free():
+        if (
+            type(gradient) is Tensor
+            and gradient.dtype is self._dtype
+            and gradient.layout is torch.strided
+            and gradient.is_contiguous()
+            and not gradient.requires_grad
+            and self.is_free()
+        ):
             parameter.grad = self._memory.detach().copy_(gradient)
 
     def has(self, gradient: Tensor) -> bool:
@@ -55,13 +65,6 @@ class Home:
     def is_free(self) -> bool:
         """Whether nobody holds what has last lain here."""
         return self._num_users() <= self._num_users_if_free
-
-    def _fits(self, gradient: Tensor) -> bool:
-        is_plain = not gradient.requires_grad and gradient.layout is torch.strided and gradient.is_contiguous()
-        return is_plain and gradient.dtype is self._memory.dtype
-
-    def _num_users(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage._cdata))
 
 
 def is_large(tensor: Tensor) -> bool:

@@ -557,7 +557,7 @@ def is_reduced(parameter: Tensor) -> bool:
 
 
 def _before_making(home: Home, parameter: Tensor) -> Any:
-    return parameter.register_hook(lambda _: home.before_adding(parameter))
+    return parameter.register_hook(partial(home.before_adding, parameter))
 
 
 def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:

@@ -82,7 +82,7 @@ class SmallSum:
     def wait(self) -> list[float]:
         """Block until the sums are there, and return them: in float64, in the order of ranks."""
         self._barrier.wait_for_others()
-        return [sum(numbers) for numbers in zip(*(slot[: self._count] for slot in self._slots), strict=True)]
+        return list(map(sum, zip(*[slot[: self._count] for slot in self._slots], strict=True)))
 
     def test(self) -> bool:
         """Whether :meth:`wait` does not block."""

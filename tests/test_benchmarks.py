@@ -30,10 +30,22 @@ def _result(**configuration):
 def test_tables_have_medians_overheads_errors_and_memory():
     text = "\n".join(report.tables(_result()))
     assert "2 ranks of 1 thread on one node (x, 2 cores)" in text
-    assert "| local | 10.0 (0.00) |\n| DDP | 20.0 (1.00) |\n| ours | 12.5 (0.25) |" in text
+    assert "| local | 10.0 (0.00) |\n| DDP | 20.0 (1.00) |\n| ours | 12.5 (0.25 ± " in text
     assert "| theirs | fails: RuntimeError |" in text
     assert "theirs, MLP: RuntimeError: no such thing" in text
     assert "| ours | 2.0 + 2.0 + 4.0, 8 |" in text
+
+
+def test_what_all_share_in_a_round_is_no_error_of_the_overhead():
+    result = _result()
+    measured = result["models"]["MLP"]
+    for name, own_ms in {"local": 10.0, "DDP": 20.0, "ours": 15.0}.items():
+        measured[name]["ms"] = [drift_ms + own_ms for drift_ms in range(0, 1000, 100)]
+    assert report.error(result, "MLP", "ours") == pytest.approx(0)
+    measured["ours"]["ms"] = [12.0, 18.0] * 5
+    measured["local"]["ms"], measured["DDP"]["ms"] = [10.0] * 10, [20.0] * 10
+    assert report.error(result, "MLP", "ours") == pytest.approx(0.3)
+    assert report.error(result, "MLP", "DDP") is None
 
 
 def test_one_rank_has_no_overhead():

@@ -113,7 +113,7 @@ def memory():
 def _made(home, value):
     """Return a gradient as autograd makes it, moved to its home."""
     parameter = torch.nn.Parameter(torch.zeros(_LARGE_NUMEL // 256, 256))
-    home.before_adding(parameter)
+    home.before_adding(parameter, torch.ones_like(parameter))
     parameter.grad = torch.full_like(parameter, value)
     home.take_in(parameter)
     return parameter.grad
@@ -209,7 +209,7 @@ def test_only_what_autograd_has_just_made_moves(memory, kind):
         gradient = gradient.t().contiguous().t()
     elif kind == "accumulated":
         parameter.grad = gradient
-    home.before_adding(parameter)
+    home.before_adding(parameter, torch.ones_like(parameter))
     parameter.grad = gradient
     home.take_in(parameter)
     assert parameter.grad is gradient
