@@ -32,6 +32,8 @@ _HELD_OUT_MODEL = "transformer"
 _ALONE_BYTES = 1 << 19  # as in dpoptim/gradient_home.py: between nodes a gradient of so many bytes travels alone
 _IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15  # as in dpoptim/messages.py: what goes in pieces between nodes
 _LOCAL_STEPS = 16
+# On one node a step is short, so that there is time for more rounds.
+_ROUNDS_WITHOUT_LINK = 5
 # Assumed, not measured: what a message between real hosts takes; and that a fast network reads memory by itself.
 _ETHERNET = {"message_s": 3e-5}
 _FAST_NETWORK = {"network_s": 0.0, "message_s": 2e-6, "meeting_s": 4e-6}
@@ -174,7 +176,7 @@ def _bytes_a_second(rate: str | None) -> float:
 
 
 def measure(path: Path, rounds: int) -> None:
-    """Measure all places and write the medians; goes on after the places that are in the file."""
+    """Measure all places and write the medians; goes on after the places that are in the file, if there is one."""
     from hosts import missing
     from links import measure_on_hosts
     from models import MODELS
@@ -188,7 +190,8 @@ def measure(path: Path, rounds: int) -> None:
     for hosts, ranks, rate in [*_FITTED, *_HELD_OUT]:
         if any((point["hosts"], point["ranks"], point["rate"]) == (hosts, ranks, rate) for point in measured["points"]):
             continue
-        options = ("--rounds", str(rounds), "--steps", "1", "--contenders", "local", *MODES)
+        num_rounds = rounds if rate else rounds * _ROUNDS_WITHOUT_LINK
+        options = ("--rounds", str(num_rounds), "--steps", "1", "--contenders", "local", *MODES)
         result = measure_on_hosts(hosts, ranks, rate, options)
         measured["machine"] = {key: result["configuration"][key] for key in ("processor", "cores", "torch", "mpi")}
         for name, contenders in result["models"].items():
@@ -319,7 +322,8 @@ def main() -> None:
     """Measure, or fit, check and predict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="JSON", help="measure into this file instead")
-    parser.add_argument("--rounds", type=int, default=6, help="of one step, when measuring")
+    what = f"of one step, when measuring; {_ROUNDS_WITHOUT_LINK} times as many on one node"
+    parser.add_argument("--rounds", type=int, default=6, help=what)
     parser.add_argument("--measured", type=Path, default=_MEASURED, help="what was measured (default: %(default)s)")
     args = parser.parse_args()
     if args.measure:
@@ -330,7 +334,8 @@ def main() -> None:
     costs = fit(fitted)
     machine = measured["machine"]
     print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, {machine['mpi']}; medians of")
-    print(f"{measured['rounds']} interleaved rounds of a step.\n\n### Costs\n")
+    more = f"{_ROUNDS_WITHOUT_LINK} times as many on one node"
+    print(f"{measured['rounds']} interleaved rounds of a step, {more}.\n\n### Costs\n")
     _print_costs(costs)
     print("\n### Held out: measured ms, predicted ms, error\n")
     _print_errors([point for point in measured["points"] if _is_held_out(point)], costs)

@@ -31,8 +31,9 @@ def run_hooks_around_step(kind: type[Optimizer]) -> None:
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **options: Any) -> Any:
-        own = _only_hook(self)
-        if own is None or torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
+        is_watched = torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
+        own = None if is_watched else _only_hook(self)
+        if own is None:
             return marked(self, *args, **options)
         own(self, (self, *args), options)
         return step(self, *args, **options)
