@@ -72,21 +72,6 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return bool(vars(kind).get("is_elementwise", False))
 
 
-def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
-    """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
-    kind = type(optimizer)
-    if not _is_known(kind) or kind.__name__ not in _FUSED_BARE:
-        return None
-    torch_class = getattr(torch.optim, kind.__name__)
-    as_torchs = object.__new__(torch_class)
-    as_torchs.__dict__ = optimizer.__dict__  # the same object, of another class
-    return partial(bare_step(torch_class), as_torchs)
-
-
-def _is_known(kind: type[Optimizer]) -> bool:
-    return kind.__module__.split(".")[0] in ("torch", "dpoptim")
-
-
 class ShardedStep:
     """Steps what this rank owns of the parameters.
 
@@ -410,6 +395,21 @@ class _Mirror:
                 sources.append(tensor if piece.numel == tensor.numel() else _flat_piece(tensor, piece))
         if targets:
             torch._foreach_copy_(targets, sources)
+
+
+def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
+    """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
+    kind = type(optimizer)
+    if not _is_known(kind) or kind.__name__ not in _FUSED_BARE:
+        return None
+    torch_class = getattr(torch.optim, kind.__name__)
+    as_torchs = object.__new__(torch_class)
+    as_torchs.__dict__ = optimizer.__dict__  # the same object, of another class
+    return partial(bare_step(torch_class), as_torchs)
+
+
+def _is_known(kind: type[Optimizer]) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", "dpoptim")
 
 
 def _counts_of_each(numels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
