@@ -117,6 +117,20 @@ class DASO(DataParallelOptimizer):
     :meth:`synchronize` first.
     """
 
+    total_epochs: int
+    warmup_epochs: int
+    cooldown_epochs: int
+    max_global_skips: int
+    skip_reduction_factor: int
+    local_skip_factor: int
+    stability: DetectMetricPlateau
+    epoch: int
+    current_batch: int
+    global_skip: int
+    batches_to_wait: int
+    # GradScaler sets them.
+    grad_scale: Tensor | None
+    found_inf: Tensor
     _step_supports_amp_scaling = True  # so that GradScaler.step() leaves skipping a step to this class
 
     def __init__(

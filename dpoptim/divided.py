@@ -8,10 +8,13 @@ that does not come, or whose step fails, is found by a roll call before anything
 there is one before the step as well: nobody writes to parameters that another rank still reads.
 """
 
+import copy
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import is_
 from typing import Any
 
@@ -21,12 +24,14 @@ from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
 from dpoptim.communicator import Communicator, Work
+from dpoptim.divisibility import divisibility, is_known
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.inner_step import InnerStep, needs_closure
 from dpoptim.node_shared import NodeShared
-from dpoptim.preconditions import needs_closure
-from dpoptim.sharded_step import Outputs, ShardedStep, State, is_elementwise
+from dpoptim.sharded_step import Outputs, Part, ShardedStep, State
 from dpoptim.sharding import Sharding
-from dpoptim.utils.state_dict import Form, Slices, is_slice
+from dpoptim.step_numbers import agree_on_numbers
+from dpoptim.utils.state_dict import Form, Slices, groups_of, is_slice, shard, to_named
 
 __all__ = ["Divided", "divided"]
 
@@ -34,7 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 def divided(
-    optimizer: Optimizer, communicator: Communicator, parameters: Sequence[Tensor], *, shard: bool, node_shared: bool
+    optimizer: Optimizer,
+    communicator: Communicator,
+    parameters: Sequence[Tensor],
+    inner_step: InnerStep,
+    *,
+    shard: bool,
+    node_shared: bool,
 ) -> "Divided | None":
     """Return what divides an optimizer as it was asked for, or None if it stays replicated; collective.
 
@@ -43,10 +54,10 @@ def divided(
     topology = communicator.topology
     if not (shard or (node_shared and topology.num_nodes < communicator.world_size)) or communicator.world_size == 1:
         return None
-    name = type(optimizer).__name__
-    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)) or needs_closure(optimizer):
-        why = "needs a closure" if needs_closure(optimizer) else "takes sparse gradients"
-        warnings.warn(f"{name} can't be divided among ranks, since it {why}: it stays replicated", stacklevel=3)
+    by, why_not = _found_divisibility(optimizer, communicator)
+    if by == "nothing":
+        name = type(optimizer).__name__
+        warnings.warn(f"{name} can't be divided among ranks, since it {why_not}: it stays replicated", stacklevel=3)
         return None
     memory = None
     if node_shared:
@@ -58,7 +69,42 @@ def divided(
                 error,
                 communicator.rank,
             )
-    return Divided(optimizer, communicator, memory)
+    return Divided(optimizer, communicator, memory, inner_step, by_element=by == "element")
+
+
+def _found_divisibility(optimizer: Optimizer, communicator: Communicator) -> tuple[str, str]:
+    """Return by what an optimizer may be divided, and why not at all, as rank 0 has found; collective for some."""
+    if needs_closure(optimizer):
+        return "nothing", "needs a closure"
+    if _share_memory(optimizer):
+        return "nothing", "has parameters that share memory, or one parameter twice"
+    if is_known(type(optimizer)):
+        found = divisibility(optimizer)
+    else:
+        found = communicator.broadcast_object(divisibility(optimizer) if communicator.rank == 0 else None)
+    return found.by, found.why_not
+
+
+def _share_memory(optimizer: Optimizer) -> bool:
+    """Whether elements of parameters are elements of others too."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.numel():
+                continue
+            reach = sum(
+                (length - 1) * stride for length, stride in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            if reach + 1 < parameter.numel():
+                return True  # an expanded tensor
+            first = parameter.data_ptr()
+            storage = parameter.untyped_storage().data_ptr()
+            spans.setdefault(storage, []).append((first, first + (reach + 1) * parameter.itemsize))
+    for own in spans.values():
+        own.sort()
+        if any(stop > start for (_, stop), (start, _) in pairwise(own)):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -86,13 +132,26 @@ class Divided:
         Of the wrapper alone.
     memory : NodeShared, optional
         Where parameters are to lie once a node.
+    inner_step : InnerStep
+        Makes the step of the optimizer.
+    by_element : bool
+        Whether parameters may be cut.
     """
 
-    def __init__(self, optimizer: Optimizer, communicator: Communicator, memory: NodeShared | None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        communicator: Communicator,
+        memory: NodeShared | None,
+        inner_step: InnerStep,
+        *,
+        by_element: bool,
+    ) -> None:
         self._optimizer = optimizer
         self._communicator = communicator
-        self._by_element = is_elementwise(optimizer)
-        self._step = ShardedStep(optimizer, by_element=self._by_element)
+        self._inner_step = inner_step
+        self._by_element = by_element
+        self._step = ShardedStep(optimizer, by_element=by_element)
         self._memory = memory
         self._prepared: _Prepared | None = None
         topology, node_shared = communicator.topology, memory is not None
@@ -141,29 +200,62 @@ class Divided:
         meet : callable
             Meets all ranks for a purpose, and raises on all if one is there for another.
         """
+        self._act(lambda: self._step.step(self._inner_step), "a step", buckets, meet)
+
+    @torch.no_grad()
+    def call(
+        self, method: Callable[[], Any], name: str, buckets: Sequence[Bucket], meet: Callable[[str], object]
+    ) -> Any:
+        """Call a method of the optimizer, which may read and write parameters and state; collective.
+
+        It acts on what this rank owns; then parameters are exchanged. Returns what the method returns here.
+        """
+        returned: list[Any] = []
+
+        def act() -> frozenset[int]:
+            with self._inner_step.with_common_generators():
+                returned.append(self._step.call(method))
+            return frozenset(range(len(self._optimizer.param_groups)))
+
+        self._act(act, f"{name}()", buckets, meet)
+        return returned[0]
+
+    def _act(
+        self,
+        act: Callable[[], frozenset[int]],
+        purpose: str,
+        buckets: Sequence[Bucket],
+        meet: Callable[[str], object],
+    ) -> None:
+        """Let each rank act on what it owns, by which the groups are told that it has acted on; collective."""
         if self._memory is not None:
-            meet("a step")
-        failure = None
+            meet(purpose)
+        failure, groups = None, frozenset[int]()
         try:
             if self._memory is not None:
                 self._memory.check()
-            self._step.step()
+            groups = act()
         except Exception as error:  # raised below, when all ranks know
             failure = error
         if self._memory is not None:
             self._check_all(failure)
-            return
-        if failure is not None:
-            meet(f"a step that failed: {_described(failure)}")
+        elif failure is not None:
+            meet(f"{purpose} that failed: {_described(failure)}")
             raise failure
-        parts = self._step.parts(buckets)
+        else:
+            self._exchange(self._step.parts(buckets), lambda: meet(purpose))
+        if not is_known(type(self._optimizer)):
+            agree_on_numbers(self._optimizer, self._communicator, groups)
+
+    def _exchange(self, parts: Sequence[Part], meet: Callable[[], object]) -> None:
+        """Gather the parameters of these parts; collective."""
         outputs = [part.to_gather() for part in parts]
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
         if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
             works = self._start_gathers(outputs, defers=True)
-            self._communicator.announce_by(lambda: meet("a step"))
+            self._communicator.announce_by(meet)
         else:
-            meet("a step")
+            meet()
             works = self._start_gathers(outputs, defers=False)
         for work in works:
             work.wait()
@@ -191,22 +283,29 @@ class Divided:
     # ---------------------------------------------------------------- gradients
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-        """Scale the gradients so that their global norm is at most ``max_norm``; collective."""
-        gradients = self._step.own_gradients()
-        by_rank = torch.zeros(self._communicator.world_size, dtype=torch.float64)
-        if gradients:
-            norms = torch.stack([norm.to("cpu", torch.float64) for norm in torch._foreach_norm(gradients, norm_type)])
+    def total_norm(self, norm_type: float, gradients: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the norm of all gradients, or of these of them, in float64; collective, the same on all ranks."""
+        by_rank = torch.zeros(self._communicator.world_size, dtype=torch.float64, device="cpu")
+        own = self._step.own_gradients(gradients)
+        if own:
+            norms = torch.stack([norm.to("cpu", torch.float64) for norm in torch._foreach_norm(own, norm_type)])
             by_rank[self._communicator.rank] = torch.linalg.vector_norm(norms, norm_type)
         self._communicator.all_reduce(by_rank)
         owners = self._communicator.topology.nodes[0] if self.sharding.in_node else range(len(by_rank))
         total: Tensor = torch.linalg.vector_norm(by_rank[list(owners)], norm_type)
+        return total
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+        """Scale the gradients so that their global norm is at most ``max_norm``; collective."""
+        total = self.total_norm(norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             message = f"the total norm of order {norm_type} of the gradients is {total}, so it can't be clipped"
             raise raised_on_all_ranks(RuntimeError(message))
         factor = float((max_norm / (total + 1e-6)).clamp(max=1.0))
+        gradients = self._step.gradients_to_scale()
         if factor != 1.0 and gradients:
-            torch._foreach_mul_(self._step.gradients_to_scale(), factor)
+            torch._foreach_mul_(gradients, factor)
         return total.to(self._step.norm_dtype())
 
     # ---------------------------------------------------------------- memory
@@ -228,11 +327,36 @@ class Divided:
             self._memory.make_shared()
 
     def release(self) -> None:
-        """Give every rank parameters of its own; local."""
+        """Give every rank parameters of its own, and the optimizer an empty state; local."""
+        self._optimizer.state = defaultdict(dict)
         if self._memory is not None:
             self._memory.make_private()
 
     # ---------------------------------------------------------------- state
+
+    @property
+    def has_new_state(self) -> bool:
+        """Whether the optimizer was given another ``state`` than the one that stands for the divided one."""
+        return self._optimizer.state is not self._step.outer_state
+
+    def take_over_state(self, names: Sequence[str]) -> None:
+        """Keep this rank's part of the whole state that the optimizer has; local.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Of all parameters.
+        """
+        held = self._optimizer.state
+        if not self.has_new_state:
+            return
+        param_groups = self._optimizer.param_groups
+        parameters = [parameter for group in param_groups for parameter in group["params"]]
+        state = {number: held[p] for number, p in enumerate(parameters) if p in held}
+        others = {key: value for key, value in held.items() if not isinstance(key, Tensor)}
+        groups = groups_of({"param_groups": param_groups}, param_groups)
+        whole = to_named({"state": state, "param_groups": groups}, [p.shape for p in parameters], names)
+        self.load_form(shard({**whole, **({"unnamed": others} if others else {})}, self.slices(names)), names)
 
     def slices(self, names: Sequence[str]) -> Slices:
         """Return which elements of each parameter this rank owns, under these names; local."""
@@ -247,6 +371,7 @@ class Divided:
             "slices": self.slices(names),
             "shapes": shapes,
             "state": {},
+            **({"unnamed": dict(self._step.outer_state)} if self._step.outer_state else {}),
         }
         for index, entry in sorted(self._step.state().items()):
             name = names[index]
@@ -272,6 +397,8 @@ class Divided:
                     else value
                     for key, value in entry.items()
                 }
+        self._step.outer_state.clear()
+        self._step.outer_state.update(copy.deepcopy(form.get("unnamed", {})))
         self._step.load(state)
 
 

@@ -1,6 +1,8 @@
 """DataParallelOptimizer: any torch optimizer, on the mean gradient of all ranks."""
 
 import contextlib
+import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,8 +15,11 @@ from torch.optim import Optimizer
 
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.communicator import Communicator
-from dpoptim.divided import divided
+from dpoptim.divided import Divided, divided
 from dpoptim.divided_reducer import DividedReducer
+from dpoptim.errors import raised_on_all_ranks
+from dpoptim.inner_step import InnerStep
+from dpoptim.kept_attributes import KeptAttributes
 from dpoptim.overlap import has_spare_cores, try_overlap
 from dpoptim.preconditions import (
     already_reduced,
@@ -22,6 +27,7 @@ from dpoptim.preconditions import (
     check_closure,
     check_loadable,
     check_one_group,
+    check_same_parameters,
     division_error,
     naming_gradients,
 )
@@ -30,7 +36,7 @@ from dpoptim.roll_call import RollCall
 from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
 from dpoptim.step_hooks import FIRST_HOOK, run_hooks_around_step
-from dpoptim.utils.consistency import raise_together
+from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
     Form,
     Slices,
@@ -40,9 +46,6 @@ from dpoptim.utils.state_dict import (
     load_full_form,
     to_named,
     unique_names,
-)
-from dpoptim.utils.state_dict import (
-    shard as shard_form,
 )
 
 __all__ = ["DataParallelOptimizer"]
@@ -107,10 +110,19 @@ class DataParallelOptimizer(Optimizer):
     values of no meaning in the rest: use :meth:`clip_grad_norm_` instead of torch's (``clip_grad_value_`` and
     ``GradScaler`` work). The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
     use :meth:`full_state_dict` or :mod:`dpoptim.utils.checkpoint`. Optimizers that treat each element by itself are
-    divided by element: those of torch but Adafactor and Muon, and any class that has ``is_elementwise = True``. All
-    others are divided by whole parameter. LBFGS, SparseAdam and optimizers that need a closure stay replicated, with a
-    warning.
+    divided by element: those of torch but Adafactor and Muon, which are divided by whole parameter. What another class
+    does is tried out at construction (Note [Probing] in divisibility.py). The class may say so itself by an attribute
+    of its own: ``is_elementwise = True`` (by element) or ``False`` (by whole parameter), ``is_divisible = False``.
+    LBFGS, SparseAdam and classes that couple parameters, draw random numbers, need a closure or wrap another optimizer
+    stay replicated, with a warning.
+
+    What else the wrapped class has, methods and attributes, is there on the wrapper too, to read, call and set; with
+    ``shard`` or ``node_shared`` its methods are collective. Other classes than torch's own draw random numbers in their
+    step from generators that are common to all ranks.
     """
+
+    _is_constructed = True  # but while __init__ runs
+    _divided: Divided | None = None
 
     def __init__(
         self,
@@ -137,10 +149,9 @@ class DataParallelOptimizer(Optimizer):
         self._module = module
         self._is_constructed = False
         state = optimizer.state
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.state = state
+        super().__init__(optimizer.param_groups, getattr(optimizer, "defaults", {}))
         for hooks in _HOOK_DICTS:  # hooks registered on the inner optimizer go on working, with the wrapper
-            setattr(self, hooks, getattr(optimizer, hooks))
+            setattr(self, hooks, getattr(optimizer, hooks, OrderedDict()))
         pre_hooks = cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)
         pre_hooks[FIRST_HOOK] = self._reduce_before_step
         pre_hooks.move_to_end(FIRST_HOOK, last=False)
@@ -170,7 +181,17 @@ class DataParallelOptimizer(Optimizer):
         if module is not None:
             own = {id(parameter) for parameter in self._parameters()}
             self._broadcast([t for t in (*module.parameters(), *module.buffers()) if id(t) not in own])
-        self._divided = divided(optimizer, self._communicator, self._parameters(), shard=shard, node_shared=node_shared)
+        is_alone = self._communicator.world_size == 1
+        self._inner_step = InnerStep(optimizer, None if is_alone else self._communicator.broadcast_object)
+        self._kept_attributes = KeptAttributes(optimizer)
+        self._divided = divided(
+            optimizer,
+            self._communicator,
+            self._parameters(),
+            self._inner_step,
+            shard=shard,
+            node_shared=node_shared,
+        )
         make_reducer: Callable[..., Reducer] = Reducer
         if self._divided is not None:
             make_reducer = partial(DividedReducer, self._divided.sharding)
@@ -195,7 +216,8 @@ class DataParallelOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._optimizer.param_groups = value
+        if self._is_constructed:  # before, torch's constructor sets what is there
+            self._optimizer.param_groups = value
 
     @property
     def state(self) -> Any:
@@ -204,7 +226,9 @@ class DataParallelOptimizer(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._optimizer.state = value
+        if self._is_constructed:
+            self._optimizer.state = value
+            self._divide_state()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -213,9 +237,35 @@ class DataParallelOptimizer(Optimizer):
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
-        self._optimizer.defaults = value
+        if self._is_constructed:
+            self._optimizer.defaults = value
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        """Return what the wrapped optimizer has and this class has not.
+
+        With ``shard`` or ``node_shared`` a method of it acts on what each rank owns; calling it is collective.
+        """
+        optimizer = self.__dict__.get("_optimizer")
+        if optimizer is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        try:
+            value = getattr(optimizer, name)
+        except AttributeError as error:
+            kinds = f"neither {type(self).__name__} nor the wrapped {type(optimizer).__name__}"
+            raise AttributeError(f"{kinds} has an attribute {name!r}") from error
+        is_method = getattr(value, "__self__", None) is optimizer and not name.startswith("_")
+        return partial(self._call_method, name, value) if is_method else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the wrapped optimizer, unless it is one of this class."""
+        attributes = self.__dict__
+        is_own = name.startswith("_") or name in attributes or name in _own_names(cast("Any", type(self)))
+        if is_own or not attributes.get("_is_constructed"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._optimizer, name, value)
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make one step with the global mean gradients.
 
         Collective with ``shard``, ``node_shared`` or a closure, or if gradients were not reduced yet (no parameter of
@@ -227,6 +277,8 @@ class DataParallelOptimizer(Optimizer):
         closure : callable, optional
             Clears gradients, computes the loss, calls ``backward()``, returns the loss. Loss and gradients are
             averaged over ranks within it, so that every rank takes the same branch of a line search.
+        *args, **kwargs
+            What else the step of the wrapped class takes, the same on all ranks; collective then.
 
         Returns
         -------
@@ -234,16 +286,15 @@ class DataParallelOptimizer(Optimizer):
             The loss of the closure, averaged over ranks with :attr:`batch_weight`.
         """
         wrapped = None if closure is None else self._averaged(closure)
+        if args or kwargs:
+            self._check_step_arguments(args, kwargs)
         if self._divided is not None:
             loss = None if wrapped is None else wrapped()
+            self._divide_state()
             self._divided.step(self._reducer.buckets, lambda purpose: self._reducer.meet(purpose, 1.0))
-            self._optimizer._opt_called = True  # type: ignore[attr-defined]
-            self._reducer.count_step()
-            return loss
-        step = type(self._optimizer).step
-        # Step hooks have run on the wrapper; the wrapped class's own step would run the global ones again.
-        with naming_gradients(self._optimizer, self._names):
-            loss = getattr(step, "__wrapped__", step)(self._optimizer, wrapped)
+        else:
+            with naming_gradients(self._optimizer, self._names):
+                loss = self._inner_step(wrapped, *args, **kwargs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler made on the inner one
         self._reducer.count_step()
         return loss
@@ -267,8 +318,7 @@ class DataParallelOptimizer(Optimizer):
         They are compared across ranks and broadcast from rank 0. See ``torch.optim.Optimizer.add_param_group``.
         """
         if not self._is_constructed:
-            super().add_param_group(param_group)
-            return
+            return  # they are there: torch's constructor adds those of the wrapped optimizer
         self._reducer.meet("adding a parameter group", 1.0)
         num_before = len(self._parameters())
         error = None
@@ -300,9 +350,13 @@ class DataParallelOptimizer(Optimizer):
         hooks = cast("OrderedDict[int, Any]", self._optimizer_load_state_dict_pre_hooks)
         hooks[_LAST_HOOK] = self._check_loadable
         try:
-            super().load_state_dict(state_dict)
+            if _overrides(self._optimizer, "load_state_dict"):
+                self._optimizer.load_state_dict(state_dict)
+            else:
+                super().load_state_dict(state_dict)
         finally:
             del hooks[_LAST_HOOK]
+        self._kept_attributes.load(state_dict.get("attributes", {}))
         self._divide_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -318,7 +372,7 @@ class DataParallelOptimizer(Optimizer):
                 f"the optimizer state is divided among ranks ({self.mode}): call full_state_dict() on all of them, or "
                 "save it with dpoptim.utils.checkpoint"
             )
-        return super().state_dict()
+        return self._whole_state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what ``load_state_dict`` has prepared, with the wrapped class's own adjustments."""
@@ -389,6 +443,7 @@ class DataParallelOptimizer(Optimizer):
             raise RuntimeError(
                 "accumulate > 1 does not go with GradScaler, which leaves out steps: use accumulate=1 and no_sync()"
             )
+        self._reducer.finish()  # on a rank without gradients, whose infinities it looks for next
         return False
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
@@ -405,8 +460,8 @@ class DataParallelOptimizer(Optimizer):
         The same as ``torch.nn.utils.clip_grad_norm_`` on all parameters of one process. Local, since gradients are
         global already; with ``shard`` or ``node_shared`` collective, since each rank has the global mean of its part.
         """
+        self._reducer.finish()
         if self._divided is not None:
-            self._reducer.finish()
             self._reducer.meet("clipping gradients", 1.0)
             return self._divided.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
@@ -519,8 +574,8 @@ class DataParallelOptimizer(Optimizer):
         """
         names = unique_names(self.param_groups, self._names())
         if self._divided is not None:
-            return self._divided.form(self.param_groups, names)
-        return to_named(super().state_dict(), [parameter.shape for parameter in self._parameters()], names)
+            return {**self._divided.form(self.param_groups, names), **self._kept_attributes.entry()}
+        return to_named(self._whole_state_dict(), [parameter.shape for parameter in self._parameters()], names)
 
     def load_local_state_dict(self, form: Form) -> None:
         """Load this rank's part of a state, copied, in the dtypes that it has; local.
@@ -535,6 +590,7 @@ class DataParallelOptimizer(Optimizer):
             return
         groups = groups_of(form, self.param_groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        self._kept_attributes.load(form.get("attributes", {}))
         self._divided.load_form(form, unique_names(self.param_groups, self._names()))
 
     def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any] | None:
@@ -606,12 +662,14 @@ class DataParallelOptimizer(Optimizer):
         """Reduce what backward could not, before the user's step hooks see the gradients."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         check_closure(self._optimizer, closure)
+        check_same_parameters(self._parameters(), self._taken_over)
         if closure is None:
             self._reducer.finish()
 
     def _take_over_parameters(self, start: int) -> None:
         """Reduce, and divide, the parameters from this one on, which are equal on all ranks; collective."""
         parameters, names = self._parameters(), self._names()
+        self._taken_over = parameters
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         known = set(map(id, self._reducer.all_buckets))
         self._reducer.add_parameters(parameters[start:], names[start:], groups[start:])
@@ -620,16 +678,42 @@ class DataParallelOptimizer(Optimizer):
             self._divided.add(new, parameters, groups, names)
 
     def _divide_state(self) -> None:
-        """Keep this rank's part of the wrapped optimizer's state, if it is divided; local."""
+        """Keep this rank's part of the wrapped optimizer's state, if it is divided and new; local."""
+        if self._divided is not None and self._divided.has_new_state:
+            self._divided.take_over_state(unique_names(self.param_groups, self._names()))
+
+    def _whole_state_dict(self) -> dict[str, Any]:
+        """Return the state of a replicated optimizer as its class gives it, with what it keeps elsewhere."""
+        own = self._optimizer.state_dict if _overrides(self._optimizer, "state_dict") else super().state_dict
+        return {**own(), **self._kept_attributes.entry()}
+
+    def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the wrapped optimizer; collective if its parameters are divided."""
+        if self._divided is None:
+            with self._inner_step.with_common_generators():
+                return method(*args, **kwargs)
+        self._divide_state()
+        return self._divided.call(
+            partial(method, *args, **kwargs),
+            name,
+            self._reducer.all_buckets,
+            lambda purpose: self._reducer.meet(purpose, 1.0),
+        )
+
+    def _check_step_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise on all ranks if the further arguments of a step are not the same, or can't be divided; collective."""
+        self._reducer.meet("a step with arguments", 1.0)
         if self._divided is not None:
-            names = unique_names(self.param_groups, self._names())
-            parameters = self._parameters()
-            held = self._optimizer.state
-            groups = groups_of({"param_groups": self.param_groups}, self.param_groups)
-            state = {number: held[p] for number, p in enumerate(parameters) if p in held}
-            whole = to_named({"state": state, "param_groups": groups}, [p.shape for p in parameters], names)
-            self._divided.load_form(shard_form(whole, self._divided.slices(names)), names)
-            self._optimizer.state.clear()
+            message = f"with {self.mode} parameters step() takes no arguments but a closure: they can't be divided"
+            raise raised_on_all_ranks(TypeError(message))
+        own = [digest(value) if isinstance(value, Tensor) else repr(value) for value in _leaves((args, kwargs))]
+        different = [rank for rank, other in enumerate(self._communicator.all_gather_object(own)) if other != own]
+        error = None
+        if different:
+            error = ValueError(
+                f"the arguments of step() must be the same on all ranks, not so on ranks 0 and {different}"
+            )
+        raise_together(self._communicator, error)
 
     def _devices(self) -> dict[str, torch.device]:
         names = unique_names(self.param_groups, self._names())
@@ -701,6 +785,30 @@ _HOOK_DICTS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+@functools.cache
+def _own_names(kind: Any) -> frozenset[str]:
+    """Return the names of attributes that are the wrapper's own: of its classes, also what they only annotate."""
+    annotated = (name for base in kind.__mro__ for name in inspect.get_annotations(base))
+    return frozenset((*dir(kind), *annotated))
+
+
+def _overrides(optimizer: Optimizer, name: str) -> bool:
+    return getattr(type(optimizer), name) is not getattr(Optimizer, name)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in nested tuples, lists and dicts, with the keys."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _leaves(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
 
 
 def _wrapped_twice(optimizer: object) -> TypeError | None:

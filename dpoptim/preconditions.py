@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.inner_step import needs_closure
 from dpoptim.reducer import is_reduced
 from dpoptim.sharded_step import NUMBERS
 
@@ -21,9 +23,9 @@ __all__ = [
     "check_closure",
     "check_loadable",
     "check_one_group",
+    "check_same_parameters",
     "division_error",
     "naming_gradients",
-    "needs_closure",
 ]
 
 # What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
@@ -232,15 +234,16 @@ def check_closure(optimizer: Optimizer, closure: object) -> None:
         raise raised_on_all_ranks(TypeError(message))
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps with a closure only. Local."""
-    return _step_needs_closure(type(optimizer).step)
-
-
-@functools.cache
-def _step_needs_closure(step: Callable[..., Any]) -> bool:
-    parameter = inspect.signature(step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
+def check_same_parameters(parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced. Local."""
+    if len(parameters) == len(known) and all(map(is_, parameters, known)):
+        return
+    place = next((i for i, (a, b) in enumerate(zip(parameters, known, strict=False)) if a is not b), None)
+    what = f"{len(known)} became {len(parameters)}" if place is None else f"parameter {place} is another tensor now"
+    raise RuntimeError(
+        f"param_groups must keep the parameters that were wrapped, but {what}: add parameters with add_param_group(); "
+        "to replace or remove some, detach() this optimizer first, on all ranks, and wrap the changed one anew"
+    )
 
 
 def check_one_group(optimizer: Optimizer) -> None:

@@ -2,7 +2,9 @@
 
 Note [Units]
 ------------
-A copy of the user's optimizer steps *units*. Where parameters are divided by element, a unit is a flat tensor: what
+The user's optimizer steps *units*: for the time of a step they stand in its groups instead of the parameters, and their
+state stands in its ``state``. What the step writes into its groups or keeps in the optimizer itself is thus where the
+class expects it. Where parameters are divided by element, a unit is a flat tensor: what
 this rank owns of a bucket, or a run of it. Elementwise optimizers give each element the same as if its parameter were
 stepped whole, so that one call steps hundreds of small tensors. All parameters of a unit must be alike: of one group,
 and of one history of gradients, since torch skips a parameter without one, and ``step`` counts on. A unit of which
@@ -16,40 +18,28 @@ view of that: nothing is copied. Small parameters are the user's, wherever they 
 copied into a flat buffer before the step, and all of them out of it when the ranks have exchanged it.
 """
 
+import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
-from dpoptim.flat_step import FlatStep
+from dpoptim.divided_state import DividedState
+from dpoptim.divisibility import is_known
 from dpoptim.gradient_home import is_large
 from dpoptim.partition import Piece, pieces_within, start_offsets
 from dpoptim.step_hooks import bare_step
 
-__all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State", "is_elementwise"]
+__all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State"]
 
 # What optimizers count for a parameter as a whole, rather than for its elements.
 NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
-
-_ELEMENTWISE = (
-    "ASGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SGD",
-)
 
 # Of these the fused step of flat tensors needs nothing but torch's own code.
 _FUSED_BARE = ("Adam", "AdamW", "SGD")
@@ -58,18 +48,6 @@ _FUSED_BARE = ("Adam", "AdamW", "SGD")
 State = dict[str, Any]
 # Flat tensors to be gathered, and how many elements of each every owner has.
 Outputs = Sequence[tuple[Tensor, Sequence[int]]]
-
-
-def is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether an optimizer treats each element by itself, so that parameters may be cut.
-
-    torch's and dpoptim's own classes are known; another says so by an attribute ``is_elementwise = True`` of the class
-    itself. A subclass may do anything, so it does not inherit the property.
-    """
-    kind = type(optimizer)
-    if _is_known(kind):
-        return kind.__name__ in _ELEMENTWISE
-    return bool(vars(kind).get("is_elementwise", False))
 
 
 class ShardedStep:
@@ -87,12 +65,10 @@ class ShardedStep:
         self._optimizer = optimizer
         self._by_element = by_element
         self._parts: list[Part] = []
-        self._inner: Optimizer = object.__new__(type(optimizer))
-        self._inner.__dict__.update(optimizer.__dict__)
-        self._inner.state = defaultdict(dict)
-        self._inner.param_groups = []
-        FlatStep.of(self._inner).compiled = FlatStep.of(optimizer).compiled
-        self._fused_step = _fused_step(self._inner) if by_element else None
+        self._state: defaultdict[Any, Any] = defaultdict(dict)  # of units
+        self._is_known = is_known(type(optimizer))
+        self._fused_step = _fused_step(optimizer) if by_element else None
+        self.outer_state = DividedState(self._forget)
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
         """Take over the parameters of a divided bucket.
@@ -108,29 +84,78 @@ class ShardedStep:
         home : Tensor, optional
             The flat memory in which they all lie for good, if they do.
         """
-        self._parts.append(Part(bucket, parameters, group, home, by_element=self._by_element))
+        self._parts.append(
+            Part(bucket, parameters, group, home, by_element=self._by_element, are_parameters=not self._is_known)
+        )
 
     # ---------------------------------------------------------------- the step
 
-    def step(self) -> None:
-        """Step what this rank owns with the gradients as they are in ``p.grad``; under ``no_grad``."""
-        self._follow_hyper_parameters()
-        units = [self._units_with_gradient(part) for part in self._parts]
-        for part, active in zip(self._parts, units, strict=True):
-            self._inner.param_groups[part.group]["params"] += [unit.tensor for unit in active]
-        stepped = [unit.tensor for active in units for unit in active]
-        if not stepped:
-            return
+    def step(self, step: Callable[[], object]) -> frozenset[int]:
+        """Step what this rank owns with the gradients as they are in ``p.grad``; under ``no_grad``.
+
+        Parameters
+        ----------
+        step : callable
+            Makes the step of the optimizer.
+
+        Returns
+        -------
+        frozenset of int
+            The groups, by number, of which this rank has stepped something.
+        """
+        active = [self._units_with_gradient(part) for part in self._parts]
+        groups = frozenset(part.group for part, units in zip(self._parts, active, strict=True) if units)
+        if not groups:
+            return groups
+        with self._in_place_of_parameters(active):
+            if (
+                self._fused_step is not None
+                and all(group.get("fused") for group in self._optimizer.param_groups)
+                and self._are_momenta_alike(active)
+            ):
+                step = self._fused_step
+            step()
+        return groups
+
+    def _are_momenta_alike(self, active: Sequence[Sequence["_Unit"]]) -> bool:
+        """Whether all units have a momentum or none has, as torch's fused kernel of SGD takes for granted."""
+        if not isinstance(self._optimizer, torch.optim.SGD):
+            return True
+        entries = [self._state.get(unit.tensor) for units in active for unit in units]
+        return len({entry is not None and entry.get("momentum_buffer") is not None for entry in entries}) <= 1
+
+    def call(self, method: Callable[[], Any]) -> Any:
+        """Return what a method of the optimizer returns that acts on what this rank owns; under ``no_grad``."""
+        for part in self._parts:
+            part.load_values(self._state)
+        with self._in_place_of_parameters([part.units for part in self._parts]):
+            return method()
+
+    @contextlib.contextmanager
+    def _in_place_of_parameters(self, active: Sequence[Sequence["_Unit"]]) -> Iterator[None]:
+        """Let units of each part stand in the optimizer instead of parameters, with their state (Note [Units])."""
+        optimizer, outer_state = self._optimizer, self.outer_state
+        groups = optimizer.param_groups
+        parameters = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = []
+        for part, units in zip(self._parts, active, strict=True):
+            groups[part.group]["params"] += [unit.tensor for unit in units]
+        self._state.update(outer_state)
+        optimizer.state = self._state
         try:
-            if self._fused_step is not None and all(group.get("fused") for group in self._inner.param_groups):
-                self._fused_step()
-            else:
-                step = type(self._inner).step
-                # Step hooks have run on the wrapper; the class's own step would run the global ones again.
-                getattr(step, "__wrapped__", step)(self._inner)
+            yield
         finally:
-            for tensor in stepped:
-                tensor.grad = None
+            for group, own in zip(groups, parameters, strict=True):
+                group["params"] = own
+            optimizer.state = outer_state
+            if not self._is_known:
+                outer_state.update({key: value for key, value in self._state.items() if not isinstance(key, Tensor)})
+            for key in outer_state:
+                self._state.pop(key, None)
+            for units in active:
+                for unit in units:
+                    unit.tensor.grad = None
 
     def parts(self, buckets: Sequence[Bucket]) -> "list[Part]":
         """Return what stands for the parameters of these buckets when owners exchange them."""
@@ -138,13 +163,18 @@ class ShardedStep:
         return [part for part in self._parts if id(part.bucket) in wanted]
 
     @torch.no_grad()
-    def own_gradients(self) -> list[Tensor]:
-        """Return what this rank owns of every gradient, flat; a copy where a gradient is not contiguous."""
+    def own_gradients(self, among: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return what this rank owns of every gradient, or of each among these, flat.
+
+        It is a copy where a gradient is not contiguous.
+        """
+        wanted = None if among is None else set(map(id, among))
         return [
             _flat_piece(gradient, piece)
             for part in self._parts
             for piece in part.bucket.own_pieces
             if (gradient := part.parameters[piece.position].grad) is not None
+            and (wanted is None or id(gradient) in wanted)
         ]
 
     def gradients_to_scale(self) -> list[Tensor]:
@@ -161,17 +191,6 @@ class ShardedStep:
         dtypes = [part.bucket.dtype.to_real() for part in self._parts]
         return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
-    def _follow_hyper_parameters(self) -> None:
-        """Copy the groups' options, which schedulers and users write to, and empty their lists."""
-        groups = self._inner.param_groups
-        for number, live in enumerate(self._optimizer.param_groups):
-            options = {key: value for key, value in live.items() if key not in ("params", "param_names")}
-            if number < len(groups):
-                groups[number].clear()
-                groups[number].update(options, params=[])
-            else:
-                groups.append({**options, "params": []})
-
     def _units_with_gradient(self, part: "Part") -> list["_Unit"]:
         """Return the units to step, with their gradients; cut those of which only some parameters have one."""
         has_gradient = [parameter.grad is not None for parameter in part.parameters]
@@ -183,23 +202,41 @@ class ShardedStep:
             units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)
         part.units = units
         active = [unit for unit in units if has_gradient[unit.pieces[0].position]]
-        part.load(active, self._inner.state)
+        part.load(active, self._state)
         return active
 
     def _cut_unit(self, unit: "_Unit", flags: Sequence[bool]) -> list["_Unit"]:
         """Cut a unit where the flags of its pieces change, with its state."""
-        state = self._inner.state.pop(unit.tensor, None)
+        state = self._state.pop(unit.tensor, None)
         units = []
         for pieces in _runs(unit.pieces, flags):
             first, numel = pieces[0].offset - unit.start, sum(piece.numel for piece in pieces)
-            cut = _Unit(pieces, unit.tensor[first : first + numel])
+            cut = _Unit(pieces, _like(unit.tensor, unit.tensor.detach()[first : first + numel]))
             if state is not None:
-                self._inner.state[cut.tensor] = {
+                self._state[cut.tensor] = {
                     key: value[first : first + numel].clone() if _is_flat(value) else copy.deepcopy(value)
                     for key, value in state.items()
                 }
             units.append(cut)
         return units
+
+    def _forget(self, parameter: Tensor | None) -> None:
+        """Forget the state of one parameter, or of all; local, every rank what it has of it."""
+        if parameter is None:
+            self._state.clear()
+            return
+        for part in self._parts:
+            flags_of_all = [other is parameter for other in part.parameters]
+            if not any(flags_of_all):
+                continue
+            units: list[_Unit] = []
+            for unit in part.units:
+                flags = [flags_of_all[piece.position] for piece in unit.pieces]
+                units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)
+            part.units = units
+            for unit in units:
+                if flags_of_all[unit.pieces[0].position]:
+                    self._state.pop(unit.tensor, None)
 
     # ---------------------------------------------------------------- state
 
@@ -216,7 +253,7 @@ class ShardedStep:
         found: dict[int, State] = {}
         for part in self._parts:
             for unit in part.units:
-                entry = self._inner.state.get(unit.tensor)
+                entry = self._state.get(unit.tensor)
                 if not entry:
                     continue
                 for piece in unit.pieces:
@@ -230,8 +267,7 @@ class ShardedStep:
     @torch.no_grad()
     def load(self, state: Mapping[int, State]) -> None:
         """Take over copies of the state of what this rank owns, in the form of :meth:`state`."""
-        self._inner.state = defaultdict(dict)
-        self._follow_hyper_parameters()
+        self._state.clear()
         for part in self._parts:
             entries = [state.get(part.bucket.indices[piece.position]) or {} for piece in part.bucket.own_pieces]
             if self._by_element:  # the elements of a parameter without dimensions look like a number
@@ -242,17 +278,17 @@ class ShardedStep:
             part.units = part.new_units([_kind(entry) for entry in entries] if self._by_element else [])
             by_piece = dict(zip(part.bucket.own_pieces, entries, strict=True))
             for unit in part.units:
-                self._inner.param_groups[part.group]["params"].append(unit.tensor)
                 members = [by_piece[piece] for piece in unit.pieces]
                 if members[0]:
-                    self._inner.state[unit.tensor] = {
+                    self._state[unit.tensor] = {
                         key: torch.cat([entry[key] for entry in members])
                         if self._by_element and _is_flat(value)
                         else copy.deepcopy(value)
                         for key, value in members[0].items()
                     }
-        # What the class itself adjusts in a state, such as the device of `step` or options that were added later.
-        self._inner.__setstate__({"state": self._inner.state, "param_groups": self._inner.param_groups})
+        with self._in_place_of_parameters([part.units for part in self._parts]):
+            # What the class itself adjusts in a state, such as the device of `step` or options that were added later.
+            self._optimizer.__setstate__({"state": self._state, "param_groups": self._optimizer.param_groups})
 
 
 class _Unit:
@@ -268,7 +304,14 @@ class Part:
     """A bucket's parameters, and what of them this rank steps (Note [Where units lie])."""
 
     def __init__(
-        self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None, *, by_element: bool
+        self,
+        bucket: Bucket,
+        parameters: Sequence[Tensor],
+        group: int,
+        home: Tensor | None,
+        *,
+        by_element: bool,
+        are_parameters: bool,
     ) -> None:
         assert bucket.division is not None
         self.bucket = bucket
@@ -276,6 +319,7 @@ class Part:
         self.parameters = list(parameters)
         self.group = group
         self._by_element = by_element
+        self._are_parameters = are_parameters
         self._home = home
         self._buffer: Tensor | None = None
         self._mirror: _Mirror | None = None
@@ -303,28 +347,42 @@ class Part:
         """Return one unit for each run of pieces of one kind, or for each parameter if they are not cut."""
         pieces = self.bucket.own_pieces
         if not self._by_element:
-            return [_Unit([piece], self.parameters[piece.position].detach()) for piece in pieces]
+            return [self._unit([piece], self.parameters[piece.position].detach()) for piece in pieces]
         if self._lies_apart:
-            return [_Unit([piece], _flat_piece(self.parameters[piece.position].detach(), piece)) for piece in pieces]
+            return [
+                self._unit([piece], _flat_piece(self.parameters[piece.position].detach(), piece)) for piece in pieces
+            ]
         flat = self._home if self._home is not None else self._buffer
         assert flat is not None
         own = flat[self.division.start : self.division.stop]
-        return [_Unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in _runs(pieces, kinds)]
+        return [self._unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in _runs(pieces, kinds)]
+
+    def _unit(self, pieces: Sequence[Piece], tensor: Tensor) -> _Unit:
+        """Return a unit of this memory; a parameter with its attributes, if the class of the optimizer may look."""
+        if self._are_parameters:
+            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+            if not self._by_element:
+                vars(tensor).update(vars(self.parameters[pieces[0].position]))
+        return _Unit(pieces, tensor)
 
     def load(self, units: Sequence[_Unit], state: Any) -> None:
         """Give the units what the parameters and the gradients are now."""
-        self._follow_moves(state)
+        self.load_values(state)
         gradients = [parameter.grad for parameter in self.parameters]
         if not self._by_element:
             for unit in units:
                 unit.tensor.grad = gradients[unit.pieces[0].position]
             return
-        if self._mirror is not None:
-            self._mirror.copy_in(self.parameters)
-            self._is_loaded = True
         own = self.bucket.own_gradients(gradients)
         for unit in units:
             unit.tensor.grad = own[unit.start : unit.start + unit.tensor.numel()]
+
+    def load_values(self, state: Any) -> None:
+        """Give the units what the parameters are now."""
+        self._follow_moves(state)
+        if self._by_element and self._mirror is not None:
+            self._mirror.copy_in(self.parameters)
+            self._is_loaded = True
 
     def to_gather(self) -> Outputs:
         """Return flat tensors of which each owner has its part ready, and the elements of every owner's part.
@@ -369,9 +427,9 @@ class Part:
             now = _flat_piece(parameter, piece) if self._by_element else parameter
             if now.data_ptr() != unit.tensor.data_ptr():
                 entry = state.pop(unit.tensor, None)
-                unit.tensor = now
+                unit.tensor = self._unit(unit.pieces, now).tensor
                 if entry is not None:
-                    state[now] = entry
+                    state[unit.tensor] = entry
 
 
 class _Mirror:
@@ -400,16 +458,12 @@ class _Mirror:
 def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
     """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
     kind = type(optimizer)
-    if not _is_known(kind) or kind.__name__ not in _FUSED_BARE:
+    if not is_known(kind) or kind.__name__ not in _FUSED_BARE:
         return None
     torch_class = getattr(torch.optim, kind.__name__)
     as_torchs = object.__new__(torch_class)
     as_torchs.__dict__ = optimizer.__dict__  # the same object, of another class
     return partial(bare_step(torch_class), as_torchs)
-
-
-def _is_known(kind: type[Optimizer]) -> bool:
-    return kind.__module__.split(".")[0] in ("torch", "dpoptim")
 
 
 def _counts_of_each(numels: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
@@ -419,6 +473,11 @@ def _counts_of_each(numels: Sequence[int], counts: Sequence[int]) -> list[list[i
         for piece in pieces_within(numels, start, start + count):
             of_each[piece.position][owner] = piece.numel
     return of_each
+
+
+def _like(unit: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor as what a unit is: a parameter or not."""
+    return nn.Parameter(tensor, requires_grad=unit.requires_grad) if isinstance(unit, nn.Parameter) else tensor
 
 
 def _flat_piece(tensor: Tensor, piece: Piece) -> Tensor:

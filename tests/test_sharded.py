@@ -24,7 +24,7 @@ from torch import nn
 
 import dpoptim
 from dpoptim import shared_memory
-from dpoptim.sharded_step import is_elementwise
+from dpoptim.divisibility import divisibility
 from dpoptim.utils.consistency import digest
 
 pytestmark = pytest.mark.parallel
@@ -98,24 +98,24 @@ def test_matrices_are_divided_whole(world):
     opt.detach()
 
 
-def test_who_is_elementwise():
+def test_by_what_classes_are_divided():
     parameters = [nn.Parameter(torch.ones(2, 2))]
 
-    class Third(torch.optim.SGD):
+    class Derived(torch.optim.SGD):
         pass
 
     class Declared(torch.optim.SGD):
-        is_elementwise = True
+        is_elementwise = False
 
-    class Derived(Declared):
-        pass
+    class Refuses(torch.optim.SGD):
+        is_divisible = False
 
-    assert is_elementwise(torch.optim.SGD(parameters))
-    assert is_elementwise(dpoptim.RAdam(parameters))
-    assert not is_elementwise(dpoptim.Adafactor(parameters))
-    assert not is_elementwise(Third(parameters))
-    assert is_elementwise(Declared(parameters))
-    assert not is_elementwise(Derived(parameters))
+    assert divisibility(torch.optim.SGD(parameters)).by == "element"
+    assert divisibility(dpoptim.RAdam(parameters)).by == "element"
+    assert divisibility(dpoptim.Adafactor(parameters)).by == "parameter"
+    assert divisibility(Derived(parameters)).by == "element"
+    assert divisibility(Declared(parameters)).by == "parameter"
+    assert divisibility(Refuses(parameters)).by == "nothing"
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -680,7 +680,7 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(world, mode, monkeypatch):
         def fail():
             raise FloatingPointError("no such number")
 
-        monkeypatch.setattr(opt._divided._step, "step", fail)
+        monkeypatch.setattr(opt._divided._step, "step", lambda step: fail())
     with pytest.raises((RuntimeError, FloatingPointError), match="no such number"):
         train(opt, model, _part(world))
 

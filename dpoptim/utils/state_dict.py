@@ -6,7 +6,8 @@ Pure functions, without MPI. A *form* is what one rank holds::
      "slices": {name: (start, stop)},                            every parameter; start == stop: nothing of it here
      "shapes": {name: shape},                                    every parameter's own, whole shape
      "state":  {name: {key: value}},                             of the parameters that this rank holds something of
-     "whole":  {name: [keys]}}                                   only if needed, see below
+     "whole":  {name: [keys]},                                   only if needed, see below
+     "unnamed": {key: value}}                                    only if needed: entries that are no parameter's
 
 A tensor of its parameter's shape, such as Adam's ``exp_avg``, is in a form as the 1-d tensor of the elements from
 ``start`` to ``stop`` of its flattened self. Everything else (``step``, Adafactor's row and column factors, LBFGS' past,
@@ -50,7 +51,7 @@ Form = dict[str, Any]
 Slices = dict[str, tuple[int, int]]
 _Shapes = Mapping[str, Sequence[int]]
 
-_OWN_ENTRIES = ("param_groups", "slices", "shapes", "state", "whole")
+_OWN_ENTRIES = ("param_groups", "slices", "shapes", "state", "whole", "unnamed")
 
 
 # ------------------------------------------------------------------------------------------ who holds what
@@ -157,7 +158,8 @@ def to_named(
             entry[key] = value.reshape(-1) if is_like else value
             if not is_like and _looks_like_slice(value, form["slices"][name][1]):
                 form.setdefault("whole", {}).setdefault(name, []).append(key)
-    return form
+    unnamed = {key: value for key, value in state_dict["state"].items() if not isinstance(key, int)}
+    return {**form, "unnamed": unnamed} if unnamed else form
 
 
 def from_named(form: Form) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def from_named(form: Form) -> dict[str, Any]:
     }
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in form["param_groups"]]
     others = {key: value for key, value in form.items() if key not in _OWN_ENTRIES}
-    return {**others, "state": dict(sorted(state.items())), "param_groups": groups}
+    return {**others, "state": {**dict(sorted(state.items())), **form.get("unnamed", {})}, "param_groups": groups}
 
 
 def groups_of(form: Form, param_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

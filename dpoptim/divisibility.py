@@ -1,0 +1,393 @@
+"""Divisibility: whether an optimizer may be divided among ranks by element, by whole parameter, or not. Local.
+
+Note [Probing]
+--------------
+torch's own classes are known. What any other class does is tried out, on a copy of the optimizer with the user's
+hyper-parameters and a few small parameters in place of his: some steps of all together, of each alone, and of all as
+flat halves. If parameters end alike alone and together, each may be stepped by another rank. If halves end alike too,
+and all state is of the parameter's shape or a number, it may be divided by element. A class is not divided that couples
+parameters, draws random numbers, steps another optimizer, has a state dict of its own, or can't be tried. The probe
+errs on the side of not dividing. It draws from no generator of the user's and writes to nothing of his.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import random
+import sys
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Divisibility", "divisibility", "is_known", "nested_optimizers", "parameters_of"]
+
+_ELEMENTWISE = (
+    "ASGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+)
+
+# Enough for what begins late, such as a slow average or a preconditioner.
+_NUM_STEPS = 24
+# Of gradients, in turn: small and large ones, since some classes clip.
+_SCALES = (1.0, 1e-3, 30.0, 0.5)
+# What is wider behaves as it did here: classes that factor large matrices alone begin at 128 at most.
+_MAX_WIDTH, _MAX_DEEP_WIDTH = 144, 8
+_MAX_TOYS, _MAX_GROUPS = 8, 4
+# In float64, of the largest movement: a sum in another order is right, a coupling is not.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Divisibility:
+    """What the parameters of an optimizer may be divided by.
+
+    Attributes
+    ----------
+    by : str
+        ``"element"``, ``"parameter"`` or ``"nothing"``.
+    why_not : str
+        If by nothing: why, as the rest of a sentence about the class.
+    """
+
+    by: str
+    why_not: str = ""
+
+
+def is_known(kind: type[Optimizer]) -> bool:
+    """Whether a class of optimizers is torch's or of this package."""
+    return kind.__module__.split(".")[0] in ("torch", "dpoptim")
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return all parameters, in the order of the groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def nested_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """Return the optimizers that an optimizer has as attributes, as those that wrap another one do."""
+    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+
+
+def divisibility(optimizer: Optimizer) -> Divisibility:
+    """Say how an optimizer may be divided (Note [Probing]).
+
+    A class says so itself by an attribute of its own, which is not inherited: ``is_elementwise = True`` (by element) or
+    ``False`` (by whole parameter), ``is_divisible = False`` (not at all).
+    """
+    kind = type(optimizer)
+    if is_known(kind):
+        if kind.__name__ in ("LBFGS", "SparseAdam"):
+            return Divisibility("nothing", "needs a closure" if kind.__name__ == "LBFGS" else "takes sparse gradients")
+        return Divisibility("element" if kind.__name__ in _ELEMENTWISE else "parameter")
+    if not vars(kind).get("is_divisible", True):
+        return Divisibility("nothing", "says so (is_divisible = False)")
+    declared = vars(kind).get("is_elementwise")
+    if declared is not None:
+        return Divisibility("element" if declared else "parameter")
+    obstacle = _obstacle(optimizer)
+    if obstacle is not None:
+        return Divisibility("nothing", obstacle)
+    try:
+        with _nothing_disturbed():
+            return _Probe(optimizer).verdict()
+    except Exception as error:  # whatever a class does with parameters that it has not seen
+        return Divisibility("nothing", f"can't be tried out on parameters of its own ({_described(error)})")
+
+
+def _obstacle(optimizer: Optimizer) -> str | None:
+    """Say what of a class rules out that its parameters are swapped for others."""
+    kind = type(optimizer)
+    nested = next(iter(nested_optimizers(optimizer).values()), None)
+    if nested is not None:
+        return f"steps another optimizer ({type(nested).__name__})"
+    if any(hasattr(kind, name) for name in ("param_groups", "state", "defaults")):
+        return "computes its groups or its state"
+    for name in ("state_dict", "load_state_dict"):
+        if getattr(kind, name) is not getattr(Optimizer, name):
+            return f"has a {name} of its own"
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return "needs a closure"
+    return None
+
+
+class _Probe:
+    """Steps copies of an optimizer on a few parameters."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = self._choose_groups()
+        self._places = [(g, i) for g, chosen in self._groups.items() for i in chosen][:_MAX_TOYS]
+        self._shapes = [_toy_shape(optimizer.param_groups[g]["params"][i].shape) for g, i in self._places]
+
+    def verdict(self) -> Divisibility:
+        everywhere = range(len(self._places))
+        together = self._twin()
+        before = self._values(together)
+        generators = _generator_states()
+        for step in range(_NUM_STEPS):
+            self._step(together, step, everywhere)
+        if _generator_states() != generators:
+            return Divisibility("nothing", "draws random numbers in its step")
+        expected = self._values(together)
+        movement = [(a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(expected, before, strict=True)]
+        if not max(movement, default=0.0) > 0 or not all(map(math.isfinite, movement)):
+            return Divisibility("nothing", "does nothing that can be compared when it is tried out")
+        for index in everywhere:
+            try:
+                alone = self._twin()
+                for step in range(_NUM_STEPS):
+                    self._step(alone, step, [index])
+            except Exception as error:
+                return Divisibility("nothing", f"can't step one parameter without the others ({_described(error)})")
+            number = list(self._groups).index(self._places[index][0])
+            if (
+                not _equal(self._values(alone)[index], expected[index], movement[index])
+                or not _alike(_options(alone, number), _options(together, number))
+                or not _alike(_attributes(alone), _attributes(together))
+                or not _alike(_entries_of_nobody(alone), _entries_of_nobody(together))
+            ):
+                return Divisibility("nothing", "couples parameters: each is stepped otherwise without the others")
+        return Divisibility("element" if self._is_elementwise(together, expected, max(movement)) else "parameter")
+
+    def _is_elementwise(self, together: Any, expected: Sequence[Tensor], movement: float) -> bool:
+        """Whether flat halves end as the parameters do (Note [Units] in sharded_step.py)."""
+        parameters = [together.param_groups[g]["params"][i] for g, i in self._toy_places()]
+        entries = [(p, value) for p in parameters for value in together.state.get(p, {}).values()]
+        if any(vars(p) for p in parameters_of(self._optimizer)) or not all(_is_of_element(p, v) for p, v in entries):
+            return False
+        try:
+            twin = self._twin()
+            halves: list[tuple[Tensor, Tensor]] = []
+            for number, group in enumerate(twin.param_groups):
+                flat = [
+                    p.detach().reshape(-1)
+                    for (g, _), p in zip(self._toy_places(), self._toys(twin), strict=True)
+                    if g == number
+                ]
+                whole = torch.cat(flat)
+                cut = whole.numel() // 2 + 1
+                halves.append((nn.Parameter(whole[:cut].clone()), nn.Parameter(whole[cut:].clone())))
+                group["params"] = list(halves[-1])
+            for step in range(_NUM_STEPS):
+                for number, (first, second) in enumerate(halves):
+                    gradient = torch.cat(
+                        [
+                            self._gradient(step, k).reshape(-1)
+                            for k, (g, _) in enumerate(self._toy_places())
+                            if g == number
+                        ]
+                    )
+                    first.grad, second.grad = gradient[: first.numel()].clone(), gradient[first.numel() :].clone()
+                _call_step(twin)
+            for number, pair in enumerate(halves):
+                mine = torch.cat([half.detach() for half in pair])
+                theirs = [e.reshape(-1) for (g, _), e in zip(self._toy_places(), expected, strict=True) if g == number]
+                if not _equal(mine, torch.cat(theirs), movement):
+                    return False
+                if not _alike(_options(twin, number), _options(together, number)):
+                    return False
+        except Exception:  # whatever it does not take: it may be divided by parameter
+            return False
+        return True
+
+    def _choose_groups(self) -> dict[int, list[int]]:
+        """Return which groups to try, and which parameters of each: two of each number of dimensions."""
+        chosen: dict[int, list[int]] = {}
+        kinds: set[str] = set()
+        for number, group in enumerate(self._optimizer.param_groups):
+            trained = [(i, p) for i, p in enumerate(group["params"]) if p.is_floating_point() or p.is_complex()]
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
+            kind = repr((sorted(map(str, options.items())), sorted({p.dim() for _, p in trained})))
+            if not trained or (kind in kinds and len(chosen) > 1) or len(chosen) == _MAX_GROUPS:
+                continue
+            kinds.add(kind)
+            by_dim: dict[int, list[int]] = {}
+            for i, p in trained:
+                by_dim.setdefault(p.dim(), []).append(i)
+            chosen[number] = sorted(i for some in by_dim.values() for i in some[:2])
+        return chosen
+
+    def _twin(self) -> Any:
+        """Return a copy of the optimizer that has the toys alone, without state."""
+        optimizer = self._optimizer
+        toys: dict[int, Tensor] = {}
+        for parameter in parameters_of(optimizer):
+            toys[id(parameter)] = nn.Parameter(torch.zeros([1] * parameter.dim(), device=parameter.device))
+        for k, (g, i) in enumerate(self._places):
+            parameter = optimizer.param_groups[g]["params"][i]
+            values = _values(self._shapes[k], k, _toy_dtype(parameter)).to(parameter.device)
+            toys[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            vars(toys[id(parameter)]).update(vars(parameter))
+        twin: Any = object.__new__(type(optimizer))
+        left_out = ("state", "param_groups", "step")
+        attributes = {
+            key: OrderedDict() if key.startswith("_optimizer_") else value
+            for key, value in vars(optimizer).items()
+            if key not in left_out
+        }
+        groups = [optimizer.param_groups[g] for g in self._groups]
+        memo: dict[int, Any] = dict(toys)
+        vars(twin).update(copy.deepcopy(attributes, memo))
+        twin.param_groups = copy.deepcopy(groups, memo)
+        twin.state = defaultdict(dict)
+        for g, group in zip(self._groups, twin.param_groups, strict=True):
+            group["params"] = [toys[id(optimizer.param_groups[g]["params"][i])] for h, i in self._places if h == g]
+            rate = group.get("lr")
+            if isinstance(rate, (int, float)) and rate == 0:
+                group["lr"] = 1e-3  # as before a warm-up: nothing would be seen
+        if callable(getattr(type(optimizer), "train", None)):
+            twin.train()  # schedule-free classes refuse to step before
+        return twin
+
+    def _toy_places(self) -> list[tuple[int, int]]:
+        """Return group and position of each toy in a twin."""
+        numbers = {g: number for number, g in enumerate(self._groups)}
+        seen: dict[int, int] = {}
+        places = []
+        for g, _ in self._places:
+            places.append((numbers[g], seen.get(g, 0)))
+            seen[g] = seen.get(g, 0) + 1
+        return places
+
+    def _toys(self, twin: Any) -> list[Tensor]:
+        return [twin.param_groups[g]["params"][i] for g, i in self._toy_places()]
+
+    def _values(self, twin: Any) -> list[Tensor]:
+        return [toy.detach().clone() for toy in self._toys(twin)]
+
+    def _gradient(self, step: int, k: int) -> Tensor:
+        g, i = self._places[k]
+        parameter = self._optimizer.param_groups[g]["params"][i]
+        scale = _SCALES[step % len(_SCALES)]
+        return (_values(self._shapes[k], 100 + 10 * step + k, _toy_dtype(parameter)) * scale).to(parameter.device)
+
+    def _step(self, twin: Any, step: int, indices: Iterable[int]) -> None:
+        """Step these toys, which stand in the groups alone."""
+        toys = self._toys(twin)
+        groups = [group["params"] for group in twin.param_groups]
+        wanted = set(indices)
+        for number, group in enumerate(twin.param_groups):
+            group["params"] = [
+                toy
+                for k, ((g, _), toy) in enumerate(zip(self._toy_places(), toys, strict=True))
+                if g == number and k in wanted
+            ]
+        for k in wanted:
+            toys[k].grad = self._gradient(step, k)
+        _call_step(twin)
+        for group, members in zip(twin.param_groups, groups, strict=True):
+            group["params"] = members
+
+
+def _call_step(twin: Any) -> None:
+    step = type(twin).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)
+
+
+def _toy_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    width = _MAX_WIDTH if len(shape) <= 2 else _MAX_DEEP_WIDTH
+    return tuple(min(length, width) for length in shape)
+
+
+def _toy_dtype(parameter: Tensor) -> torch.dtype:
+    """Return float64, for a sharp comparison; but 16 bits where the class may see to their rounding."""
+    if parameter.is_complex():
+        return torch.complex128
+    return parameter.dtype if parameter.itemsize < 4 else torch.float64
+
+
+def _values(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(list(shape), generator=generator, dtype=wide, device="cpu").to(dtype)
+
+
+def _equal(mine: Tensor, theirs: Tensor, movement: float) -> bool:
+    if mine.dtype not in (torch.float64, torch.complex128):
+        return torch.equal(mine, theirs)
+    return bool(((mine - theirs).abs() <= _TOLERANCE * movement + 1e-15).all())
+
+
+def _is_of_element(parameter: Tensor, value: Any) -> bool:
+    """Whether a value in the state of a parameter is a number, or one for each element."""
+    if isinstance(value, Tensor):
+        return value.shape == parameter.shape or value.dim() == 0
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _options(twin: Any, number: int) -> dict[str, Any]:
+    return {key: value for key, value in twin.param_groups[number].items() if key not in ("params", "param_names")}
+
+
+def _attributes(twin: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(twin).items() if key not in ("param_groups", "state", "defaults")}
+
+
+def _entries_of_nobody(twin: Any) -> dict[Any, Any]:
+    return {key: value for key, value in twin.state.items() if not isinstance(key, Tensor)}
+
+
+def _alike(mine: Any, theirs: Any) -> bool:
+    """Whether numbers and tensors of numbers, in whatever they are kept, are equal; all else is passed over."""
+    if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
+        return (
+            isinstance(mine, Tensor)
+            and isinstance(theirs, Tensor)
+            and mine.shape == theirs.shape
+            and torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+        )
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        keys = [key for key in mine if not isinstance(key, Tensor)]
+        return len(mine) == len(theirs) and all(key in theirs and _alike(mine[key], theirs[key]) for key in keys)
+    if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        return len(mine) == len(theirs) and all(map(_alike, mine, theirs))
+    if isinstance(mine, (int, float)) and isinstance(theirs, (int, float)):
+        return mine == theirs or (mine != mine and theirs != theirs)  # noqa: PLR0124  NaN
+    return True
+
+
+def _described(error: Exception) -> str:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line[:120]}"
+
+
+def _generator_states() -> tuple[Any, ...]:
+    numpy = cast("Any", sys.modules.get("numpy"))
+    numpys = repr(numpy.random.get_state()) if numpy else None
+    return torch.get_rng_state().tolist(), random.getstate(), numpys
+
+
+@contextlib.contextmanager
+def _nothing_disturbed() -> Iterator[None]:
+    """Leave generators as they are, and let nothing that a class says be heard."""
+    numpy = cast("Any", sys.modules.get("numpy"))
+    pythons, numpys = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(pythons)
+        if numpys:
+            numpy.random.set_state(numpys)
