@@ -103,11 +103,14 @@ def divisibility(optimizer: Optimizer) -> Divisibility:
     obstacle = _obstacle(optimizer)
     if obstacle is not None:
         return Divisibility("nothing", obstacle)
-    try:
-        with _nothing_disturbed():
-            return _Probe(optimizer).verdict()
-    except Exception as error:  # whatever a class does with parameters that it has not seen
-        return Divisibility("nothing", f"can't be tried out on parameters of its own ({_described(error)})")
+    error = ""
+    for is_sharp in (True, False):  # some classes take no float64
+        try:
+            with _nothing_disturbed():
+                return _Probe(optimizer, is_sharp=is_sharp).verdict()
+        except Exception as caught:  # whatever a class does with parameters that it has not seen
+            error = error or _described(caught)
+    return Divisibility("nothing", f"can't be tried out on parameters of its own ({error})")
 
 
 def _obstacle(optimizer: Optimizer) -> str | None:
@@ -118,19 +121,19 @@ def _obstacle(optimizer: Optimizer) -> str | None:
         return f"steps another optimizer ({type(nested).__name__})"
     if any(hasattr(kind, name) for name in ("param_groups", "state", "defaults")):
         return "computes its groups or its state"
-    for name in ("state_dict", "load_state_dict"):
-        if getattr(kind, name) is not getattr(Optimizer, name):
-            return f"has a {name} of its own"
+    if kind.state_dict is not Optimizer.state_dict:
+        return "has a state_dict of its own"
     if isinstance(optimizer, torch.optim.LBFGS):
         return "needs a closure"
     return None
 
 
 class _Probe:
-    """Steps copies of an optimizer on a few parameters."""
+    """Steps copies of an optimizer on a few parameters; in float64, if the comparison is to be sharp."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, is_sharp: bool) -> None:
         self._optimizer = optimizer
+        self._is_sharp = is_sharp
         self._groups = self._choose_groups()
         self._places = [(g, i) for g, chosen in self._groups.items() for i in chosen][:_MAX_TOYS]
         self._shapes = [_toy_shape(optimizer.param_groups[g]["params"][i].shape) for g, i in self._places]
@@ -183,7 +186,11 @@ class _Probe:
                 whole = torch.cat(flat)
                 cut = whole.numel() // 2 + 1
                 halves.append((nn.Parameter(whole[:cut].clone()), nn.Parameter(whole[cut:].clone())))
+                first_toy = group["params"][0] if flat else None
                 group["params"] = list(halves[-1])
+                for half in halves[-1]:
+                    if first_toy is not None and twin.state.get(first_toy):
+                        twin.state[half] = _like_state(twin.state[first_toy], first_toy, half)
             for step in range(_NUM_STEPS):
                 for number, (first, second) in enumerate(halves):
                     gradient = torch.cat(
@@ -231,7 +238,7 @@ class _Probe:
             toys[id(parameter)] = nn.Parameter(torch.zeros([1] * parameter.dim(), device=parameter.device))
         for k, (g, i) in enumerate(self._places):
             parameter = optimizer.param_groups[g]["params"][i]
-            values = _values(self._shapes[k], k, _toy_dtype(parameter)).to(parameter.device)
+            values = _values(self._shapes[k], k, self._toy_dtype(parameter)).to(parameter.device)
             toys[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             vars(toys[id(parameter)]).update(vars(parameter))
         twin: Any = object.__new__(type(optimizer))
@@ -245,15 +252,29 @@ class _Probe:
         memo: dict[int, Any] = dict(toys)
         vars(twin).update(copy.deepcopy(attributes, memo))
         twin.param_groups = copy.deepcopy(groups, memo)
-        twin.state = defaultdict(dict)
+        twin.state = defaultdict(
+            dict, {k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
+        )
+        for g, i in self._places:
+            parameter = optimizer.param_groups[g]["params"][i]
+            if optimizer.state.get(parameter):  # some classes make it in their constructor
+                twin.state[toys[id(parameter)]] = _like_state(
+                    optimizer.state[parameter], parameter, toys[id(parameter)]
+                )
         for g, group in zip(self._groups, twin.param_groups, strict=True):
             group["params"] = [toys[id(optimizer.param_groups[g]["params"][i])] for h, i in self._places if h == g]
-            rate = group.get("lr")
-            if isinstance(rate, (int, float)) and rate == 0:
-                group["lr"] = 1e-3  # as before a warm-up: nothing would be seen
+            for key, value in (("lr", 1e-3), ("weight_decay", 1e-2)):
+                if isinstance(group.get(key), (int, float)) and group[key] == 0:
+                    group[key] = value  # as it may become: with none nothing would be seen
         if callable(getattr(type(optimizer), "train", None)):
             twin.train()  # schedule-free classes refuse to step before
         return twin
+
+    def _toy_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Return float64, or the parameter's own dtype; of 16 bits always, since a class may see to their rounding."""
+        if not self._is_sharp or parameter.itemsize < 4:
+            return parameter.dtype
+        return torch.complex128 if parameter.is_complex() else torch.float64
 
     def _toy_places(self) -> list[tuple[int, int]]:
         """Return group and position of each toy in a twin."""
@@ -275,7 +296,7 @@ class _Probe:
         g, i = self._places[k]
         parameter = self._optimizer.param_groups[g]["params"][i]
         scale = _SCALES[step % len(_SCALES)]
-        return (_values(self._shapes[k], 100 + 10 * step + k, _toy_dtype(parameter)) * scale).to(parameter.device)
+        return (_values(self._shapes[k], 100 + 10 * step + k, self._toy_dtype(parameter)) * scale).to(parameter.device)
 
     def _step(self, twin: Any, step: int, indices: Iterable[int]) -> None:
         """Step these toys, which stand in the groups alone."""
@@ -305,13 +326,6 @@ def _toy_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(length, width) for length in shape)
 
 
-def _toy_dtype(parameter: Tensor) -> torch.dtype:
-    """Return float64, for a sharp comparison; but 16 bits where the class may see to their rounding."""
-    if parameter.is_complex():
-        return torch.complex128
-    return parameter.dtype if parameter.itemsize < 4 else torch.float64
-
-
 def _values(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -320,8 +334,18 @@ def _values(shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
 
 def _equal(mine: Tensor, theirs: Tensor, movement: float) -> bool:
     if mine.dtype not in (torch.float64, torch.complex128):
-        return torch.equal(mine, theirs)
+        return torch.equal(mine, theirs)  # the same operations round alike
     return bool(((mine - theirs).abs() <= _TOLERANCE * movement + 1e-15).all())
+
+
+def _like_state(entry: Mapping[str, Any], parameter: Tensor, toy: Tensor) -> dict[str, Any]:
+    """Return an entry of the state for a toy: of its shape where the parameter's is of the parameter's."""
+    return {
+        key: torch.full_like(toy, value.flatten()[0].item() if value.numel() else 0.0).detach()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+        else copy.deepcopy(value)
+        for key, value in entry.items()
+    }
 
 
 def _is_of_element(parameter: Tensor, value: Any) -> bool:

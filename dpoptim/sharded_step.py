@@ -20,7 +20,7 @@ copied into a flat buffer before the step, and all of them out of it when the ra
 
 import contextlib
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -146,9 +146,9 @@ class ShardedStep:
         try:
             yield
         finally:
-            for group, own in zip(groups, parameters, strict=True):
+            for group, own in zip(optimizer.param_groups, parameters, strict=True):
                 group["params"] = own
-            optimizer.state = outer_state
+            self._state, optimizer.state = optimizer.state, outer_state
             if not self._is_known:
                 outer_state.update({key: value for key, value in self._state.items() if not isinstance(key, Tensor)})
             for key in outer_state:
@@ -288,7 +288,10 @@ class ShardedStep:
                     }
         with self._in_place_of_parameters([part.units for part in self._parts]):
             # What the class itself adjusts in a state, such as the device of `step` or options that were added later.
-            self._optimizer.__setstate__({"state": self._state, "param_groups": self._optimizer.param_groups})
+            if type(self._optimizer).load_state_dict is Optimizer.load_state_dict:
+                self._optimizer.__setstate__({"state": self._state, "param_groups": self._optimizer.param_groups})
+            else:
+                _load_as_the_class_does(self._optimizer)
 
 
 class _Unit:
@@ -453,6 +456,17 @@ class _Mirror:
                 sources.append(tensor if piece.numel == tensor.numel() else _flat_piece(tensor, piece))
         if targets:
             torch._foreach_copy_(targets, sources)
+
+
+def _load_as_the_class_does(optimizer: Optimizer) -> None:
+    """Let a class that loads states in its own way load the state that it has; hooks have run on the whole state."""
+    hooks = [name for name in vars(optimizer) if name.startswith("_optimizer_") and "state_dict" in name]
+    kept = {name: vars(optimizer)[name] for name in hooks}
+    vars(optimizer).update({name: OrderedDict() for name in hooks})
+    try:
+        optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        vars(optimizer).update(kept)
 
 
 def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
