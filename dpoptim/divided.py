@@ -190,7 +190,9 @@ class Divided:
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
-    def step(self, buckets: Sequence[Bucket], meet: Callable[[str], object]) -> None:
+    def step(
+        self, buckets: Sequence[Bucket], meet: Callable[[str], object], check_gradients: Callable[[], object]
+    ) -> None:
         """Step and exchange (Note [A divided step]); collective.
 
         Parameters
@@ -199,8 +201,15 @@ class Divided:
             Those that are not asleep, the same on all ranks.
         meet : callable
             Meets all ranks for a purpose, and raises on all if one is there for another.
+        check_gradients : callable
+            Raises if the gradients of this rank can't be stepped.
         """
-        self._act(lambda: self._step.step(self._inner_step), "a step", buckets, meet)
+
+        def act() -> frozenset[int]:
+            check_gradients()
+            return self._step.step(self._inner_step)
+
+        self._act(act, "a step", buckets, meet)
 
     @torch.no_grad()
     def call(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dpoptim.bucket import Bucket
+from dpoptim.canaries import Canaries
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import Piece
 from dpoptim.reducer import Reducer, Report, add_hook
@@ -53,6 +54,8 @@ class DividedReducer(Reducer):
         Those that are not reduced, since no rank trains their parameters.
     put_aside : dict of int to Tensor
         Parts of gradients that were reduced before, by their parameters' numbers; this object's to write to.
+    canaries : Canaries
+        Of gradients that are reduced in part.
     """
 
     def __init__(self, sharding: Sharding, *args: Any, **options: Any) -> None:
@@ -61,6 +64,7 @@ class DividedReducer(Reducer):
         self._sharding = sharding
         self.put_aside: dict[int, Tensor] = {}
         self._without_mark: set[int] = set()
+        self.canaries = Canaries()
 
     @property
     def all_buckets(self) -> list[Bucket]:
@@ -154,6 +158,16 @@ class DividedReducer(Reducer):
                 setattr(parameter.grad, _MARK, _REDUCED)
         if has_woken and self._have_homes(self._place):
             self._find_homes()
+        if not num_not_finite:
+            self.canaries.set(self._parameters, self._buckets)
+
+    def is_partial(self, gradient: Tensor) -> bool:
+        """Whether this rank has the mean of its part of a gradient alone."""
+        return getattr(gradient, _MARK, None) == _REDUCED
+
+    def check_gradients(self) -> None:
+        """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
+        self.canaries.check(self._names)
 
     def _own_piece(self, index: int) -> Piece | None:
         """Return what this rank owns of a parameter."""

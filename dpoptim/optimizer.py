@@ -36,6 +36,7 @@ from dpoptim.roll_call import RollCall
 from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
 from dpoptim.step_hooks import FIRST_HOOK, run_hooks_around_step
+from dpoptim.torch_calls import make_known
 from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
     Form,
@@ -206,6 +207,8 @@ class DataParallelOptimizer(Optimizer):
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
         self._take_over_parameters(0)
         self._divide_state()
+        if self._communicator.world_size > 1:
+            make_known(self)
 
     # ---------------------------------------------------------------- what torch.optim.Optimizer is
 
@@ -291,7 +294,11 @@ class DataParallelOptimizer(Optimizer):
         if self._divided is not None:
             loss = None if wrapped is None else wrapped()
             self._divide_state()
-            self._divided.step(self._reducer.buckets, lambda purpose: self._reducer.meet(purpose, 1.0))
+            self._divided.step(
+                self._reducer.buckets,
+                lambda purpose: self._reducer.meet(purpose, 1.0),
+                self._reducer.check_gradients,
+            )
         else:
             with naming_gradients(self._optimizer, self._names):
                 loss = self._inner_step(wrapped, *args, **kwargs)
@@ -465,6 +472,42 @@ class DataParallelOptimizer(Optimizer):
             self._reducer.meet("clipping gradients", 1.0)
             return self._divided.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
+
+    # What torch's own functions ask (Note [Functions of torch] in torch_calls.py).
+
+    @property
+    def number(self) -> int:
+        """Which optimizer on these ranks this is, in the order in which they were made."""
+        return self._reducer.number
+
+    def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of these gradients of which each rank has a part; local."""
+        reducer = self._reducer
+        if self._divided is None or not isinstance(reducer, DividedReducer):
+            return []
+        own = {id(parameter.grad) for parameter in self._parameters() if parameter.grad is not None}
+        return [gradient for gradient in gradients if id(gradient) in own and reducer.is_partial(gradient)]
+
+    def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+        """Return the global norm of such gradients, in float64; collective."""
+        assert self._divided is not None
+        assert isinstance(self._reducer, DividedReducer)
+        self._reducer.meet("clipping gradients", 1.0)
+        self._reducer.canaries.remove()
+        return self._divided.total_norm(norm_type, gradients)
+
+    def join_reduction(self) -> list[Tensor]:
+        """Join a reduction for which this rank had no gradient, and return the gradients that came of it."""
+        if not self._reducer.waits_for_gradients:
+            return []
+        self._reducer.finish()
+        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+
+    def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
+        """Let gradients have no infinite element within that was not computed; they are reduced before."""
+        self._reducer.finish()
+        reducer = self._reducer
+        return reducer.canaries.hidden() if isinstance(reducer, DividedReducer) else contextlib.nullcontext()
 
     def mean(self, value: float, *, weight: float | None = None) -> float:
         """Return a number averaged over ranks; collective, the same on every rank.

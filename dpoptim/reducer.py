@@ -191,6 +191,9 @@ class Reducer:
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
 
+    def check_gradients(self) -> None:
+        """Raise ``RuntimeError`` if gradients are not what they were reduced to, where that can be seen; local."""
+
     def finish(self) -> None:
         """Reduce now what has not been reduced since the last step; collective in that case.
 
@@ -199,6 +202,17 @@ class Reducer:
         """
         if self._has_work and (self._tasks or self._num_no_sync or not self._reduced_since_step):
             self._reduce()
+
+    @property
+    def number(self) -> int:
+        """Which optimizer on these ranks this is, in the order in which they were made."""
+        return self._number
+
+    @property
+    def waits_for_gradients(self) -> bool:
+        """Whether no gradient was reduced since the last step, and that would happen in the next backward."""
+        has_begun = self._reduced_since_step or self._tasks or self._num_no_sync
+        return self._has_work and self._is_enabled and not has_begun and not self.is_accumulating
 
     def meet(self, purpose: str, weight: float) -> float:
         """Meet all ranks for the same purpose and return the sum of their weights; collective (Note [Roll call])."""

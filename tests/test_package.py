@@ -19,6 +19,8 @@ LEVELS = {
     "partition": 0,
     "gradient_home": 0,
     "bucket": 1,
+    "canaries": 2,
+    "torch_calls": 1,
     "device_memory": 0,
     "sleeping_barrier": 0,
     "huge_pages": 0,
