@@ -62,6 +62,9 @@ def divided(
     memory = None
     if node_shared:
         try:
+            (num_with_views,) = communicator.start_sum([any(map(_is_view_of_more, parameters))]).wait()
+            if num_with_views:
+                raise OSError("a parameter is a part of a larger tensor, which would keep the old memory")
             memory = NodeShared(communicator, parameters)
         except OSError as error:
             logger.warning(
@@ -85,12 +88,17 @@ def _found_divisibility(optimizer: Optimizer, communicator: Communicator) -> tup
     return found.by, found.why_not
 
 
+def _is_view_of_more(parameter: Tensor) -> bool:
+    """Whether a parameter's memory holds elements of other tensors too."""
+    return parameter.untyped_storage().nbytes() > parameter.nbytes
+
+
 def _share_memory(optimizer: Optimizer) -> bool:
     """Whether elements of parameters are elements of others too."""
     spans: dict[int, list[tuple[int, int]]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if not parameter.numel():
+            if not parameter.numel() or parameter.device.type == "meta":
                 continue
             reach = sum(
                 (length - 1) * stride for length, stride in zip(parameter.shape, parameter.stride(), strict=True)
@@ -168,6 +176,16 @@ class Divided:
         """``"sharded"`` or ``"node-shared"``."""
         return "sharded" if self._memory is None else "node-shared"
 
+    def check_still_divisible(self) -> None:
+        """Raise ``ValueError`` on all ranks if a new group can't be divided as the others are; collective."""
+        by, why_not = _found_divisibility(self._optimizer, self._communicator)
+        name = type(self._optimizer).__name__
+        if by == "nothing":
+            raise raised_on_all_ranks(ValueError(f"with the new group {name} can't be divided, since it {why_not}"))
+        if by == "parameter" and self._by_element:
+            message = f"with the new group {name} can be divided by whole parameter alone: wrap all groups at once"
+            raise raised_on_all_ranks(ValueError(message))
+
     def add(
         self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int], names: Sequence[str]
     ) -> None:
@@ -209,7 +227,11 @@ class Divided:
             check_gradients()
             return self._step.step(self._inner_step)
 
-        self._act(act, "a step", buckets, meet)
+        # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
+        by_hand = self._step.parts_with_gradient_but(buckets)
+        names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
+        purpose = f"a step with gradients set by hand, of parameters {names}" if by_hand else "a step"
+        self._act(act, purpose, [*buckets, *(part.bucket for part in by_hand)], meet)
 
     @torch.no_grad()
     def call(
@@ -240,10 +262,15 @@ class Divided:
         if self._memory is not None:
             meet(purpose)
         failure, groups = None, frozenset[int]()
+        parts: Sequence[Part] = []
+        outputs: Sequence[Outputs] = []
         try:
             if self._memory is not None:
                 self._memory.check()
             groups = act()
+            if self._memory is None:
+                parts = self._step.parts(buckets)
+                outputs = [part.to_gather() for part in parts]
         except Exception as error:  # raised below, when all ranks know
             failure = error
         if self._memory is not None:
@@ -252,13 +279,12 @@ class Divided:
             meet(f"{purpose} that failed: {_described(failure)}")
             raise failure
         else:
-            self._exchange(self._step.parts(buckets), lambda: meet(purpose))
+            self._exchange(parts, outputs, lambda: meet(purpose))
         if not is_known(type(self._optimizer)):
             agree_on_numbers(self._optimizer, self._communicator, groups)
 
-    def _exchange(self, parts: Sequence[Part], meet: Callable[[], object]) -> None:
+    def _exchange(self, parts: Sequence[Part], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
         """Gather the parameters of these parts; collective."""
-        outputs = [part.to_gather() for part in parts]
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
         if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
             works = self._start_gathers(outputs, defers=True)

@@ -26,6 +26,7 @@ from dpoptim.preconditions import (
     argument_error,
     check_closure,
     check_loadable,
+    check_not_stepped_by_another,
     check_one_group,
     check_same_parameters,
     division_error,
@@ -339,6 +340,12 @@ class DataParallelOptimizer(Optimizer):
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
+        if self._divided is not None:
+            try:
+                self._divided.check_still_divisible()
+            except ValueError:
+                self.param_groups.pop()
+                raise
         check_alike(self._communicator, self._optimizer, self._names(), {})
         self._broadcast(self._parameters()[num_before:])
         self._take_over_parameters(num_before)
@@ -701,11 +708,15 @@ class DataParallelOptimizer(Optimizer):
         run_hooks_around_step(type(self))
         super()._patch_step_function()
 
-    def _reduce_before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _reduce_before_step(self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce what backward could not, before the user's step hooks see the gradients."""
+        if stepped is not self:
+            return  # the wrapped class's step calls that of its parent, which runs the hooks once more
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         check_closure(self._optimizer, closure)
         check_same_parameters(self._parameters(), self._taken_over)
+        if self.mode == "node-shared":
+            check_not_stepped_by_another(self)
         if closure is None:
             self._reducer.finish()
 

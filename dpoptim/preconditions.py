@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "argument_error",
     "check_closure",
     "check_loadable",
+    "check_not_stepped_by_another",
     "check_one_group",
     "check_same_parameters",
     "division_error",
@@ -50,6 +52,9 @@ _STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 # Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
 _ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+# Packages whose optimizers around others pass on what they are told, and how far up they stand.
+_ONLY_PASS_ON = ("torch", "dpoptim", "accelerate", "lightning", "pytorch_lightning", "heat")
+_MAX_FRAMES = 8
 _NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
 
 
@@ -244,6 +249,27 @@ def check_same_parameters(parameters: Sequence[Tensor], known: Sequence[Tensor])
         f"param_groups must keep the parameters that were wrapped, but {what}: add parameters with add_param_group(); "
         "to replace or remove some, detach() this optimizer first, on all ranks, and wrap the changed one anew"
     )
+
+
+def check_not_stepped_by_another(optimizer: Optimizer) -> None:
+    """Raise ``RuntimeError`` if the step of an optimizer is called by one that has it as its own part. Local.
+
+    Lookahead and its kind write to all parameters around the step, on every rank.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+        outer = frame.f_locals.get("self")
+        if frame.f_code.co_name != "step" or outer is None or outer is optimizer or not hasattr(outer, "param_groups"):
+            continue
+        if type(outer).__module__.split(".")[0] in _ONLY_PASS_ON:
+            continue
+        raise RuntimeError(
+            f"{type(outer).__name__} steps this DataParallelOptimizer and may write to all parameters on every rank, "
+            "which with node_shared=True lie once a node: use shard=True, or neither"
+        )
 
 
 def check_one_group(optimizer: Optimizer) -> None:

@@ -162,6 +162,15 @@ class ShardedStep:
         wanted = {id(bucket) for bucket in buckets}
         return [part for part in self._parts if id(part.bucket) in wanted]
 
+    def parts_with_gradient_but(self, buckets: Sequence[Bucket]) -> "list[Part]":
+        """Return what stands for parameters with a gradient of other buckets than these."""
+        known = {id(bucket) for bucket in buckets}
+        return [
+            part
+            for part in self._parts
+            if id(part.bucket) not in known and any(parameter.grad is not None for parameter in part.parameters)
+        ]
+
     @torch.no_grad()
     def own_gradients(self, among: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return what this rank owns of every gradient, or of each among these, flat.
@@ -273,7 +282,9 @@ class ShardedStep:
             if self._by_element:  # the elements of a parameter without dimensions look like a number
                 entries = [
                     {k: v.view(-1) if isinstance(v, Tensor) and k not in NUMBERS else v for k, v in entry.items()}
-                    for entry in entries
+                    if part.bucket.shapes[piece.position] == torch.Size([])
+                    else entry
+                    for piece, entry in zip(part.bucket.own_pieces, entries, strict=True)
                 ]
             part.units = part.new_units([_kind(entry) for entry in entries] if self._by_element else [])
             by_piece = dict(zip(part.bucket.own_pieces, entries, strict=True))
@@ -410,6 +421,13 @@ class Part:
         addresses = [parameter.data_ptr() for parameter in self.parameters]
         if addresses == self._addresses:
             return
+        for parameter in self.parameters:
+            if self._lies_apart and not parameter.is_contiguous():
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} has another memory layout (strides "
+                    f"{parameter.stride()}) than when the optimizer was constructed: convert the model first, such as "
+                    "to channels_last, then construct the optimizer"
+                )
         self._addresses = addresses
         self._are_units_in_place = False
         if self._lies_apart:
