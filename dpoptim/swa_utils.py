@@ -24,9 +24,10 @@ are summed in float64, on every rank and over ranks.
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.optim.swa_utils
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -41,6 +42,7 @@ from torch.optim.swa_utils import (
 
 from dpoptim.communicator import Communicator
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.fall_through import fall_through
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
@@ -53,6 +55,9 @@ __all__ = [
     "get_swa_multi_avg_fn",
     "update_bn",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = fall_through(__name__, torch.optim.swa_utils)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ROOT = Path(dpoptim.__file__).parent
 LEVELS = {
     "version": 0,
     "errors": 0,
+    "fall_through": 0,
     "partition": 0,
     "gradient_home": 0,
     "bucket": 1,
@@ -126,15 +128,14 @@ def test_every_module_lists_its_names(name):
 
 
 def test_public_names_are_pinned():
-    assert set(dpoptim.__all__) - set(dpoptim.torch_optim.__all__) == {
+    assert set(dpoptim.__all__) - set(dpoptim.torch_optim.__all__) - set(torch.optim.__all__) == {
         "DASO",
         "DataParallelOptimizer",
         "__version__",
         "comm_hooks",
-        "lr_scheduler",
-        "swa_utils",
         "utils",
     }
+    assert {"Optimizer", "lr_scheduler", "swa_utils"} <= set(dpoptim.__all__)
 
 
 def test_every_optimizer_of_torch_is_here():
@@ -151,6 +152,59 @@ def test_every_optimizer_of_torch_is_here():
 def test_every_scheduler_of_torch_is_here():
     for name in torch.optim.lr_scheduler.__all__:
         assert issubclass(getattr(dpoptim.lr_scheduler, name), getattr(torch.optim.lr_scheduler, name))
+        assert name in dpoptim.lr_scheduler.__all__
+
+
+STANDS_IN_FOR = {
+    dpoptim: torch.optim,
+    dpoptim.lr_scheduler: torch.optim.lr_scheduler,
+    dpoptim.swa_utils: torch.optim.swa_utils,
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), STANDS_IN_FOR.items(), ids=lambda module: module.__name__)
+def test_every_public_name_of_torch_is_here(ours, theirs):
+    for name in theirs.__all__:
+        assert hasattr(ours, name), name
+        assert name in dir(ours), name
+    public = {name for name in vars(theirs) if not name.startswith("_")}
+    for name in public:
+        if not isinstance(getattr(theirs, name), types.ModuleType):
+            assert hasattr(ours, name), name
+    assert {name for name in vars(ours) if not name.startswith("_")} <= set(dir(ours))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), STANDS_IN_FOR.items(), ids=lambda module: module.__name__)
+def test_what_a_newer_torch_adds_is_torchs(ours, theirs, monkeypatch):
+    class Newest(torch.optim.SGD):
+        pass
+
+    with pytest.raises(AttributeError, match=f"module '{ours.__name__}' has no attribute 'Newest'"):
+        _ = ours.Newest
+    monkeypatch.setattr(theirs, "Newest", Newest, raising=False)
+    assert ours.Newest is Newest
+    namespace = {}
+    exec(f"from {ours.__name__} import Newest", namespace)
+    assert namespace["Newest"] is Newest
+
+
+def test_names_of_ours_are_never_torchs(monkeypatch):
+    import torch.optim.optimizer as torch_module
+
+    monkeypatch.setattr(torch.optim, "optimizer", torch_module, raising=False)
+    monkeypatch.setattr(torch.optim, "sgd", torch_module, raising=False)
+    monkeypatch.setattr(torch.optim, "diagnostics", torch_module, raising=False)
+    assert dpoptim.optimizer.__name__ == "dpoptim.optimizer"
+    from dpoptim import diagnostics
+
+    assert diagnostics.__name__ == "dpoptim.diagnostics"
+    for name in ("sgd", "Sgd", "__wrapped__", "__path_"):
+        assert not hasattr(dpoptim, name)
+    assert hasattr(dpoptim, "__path__")
+    assert not hasattr(dpoptim.lr_scheduler, "math")  # what torch's module imports
+    assert dpoptim.lr_scheduler._LRScheduler is torch.optim.lr_scheduler._LRScheduler
+    with pytest.raises(ImportError, match="cannot import name 'Sgd'"):
+        exec("from dpoptim import Sgd")
 
 
 def test_importing_starts_nothing():

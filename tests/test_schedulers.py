@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import dpoptim
 pytestmark = pytest.mark.parallel
 
 NUM_STEPS = 100
+PACKAGES = (dpoptim.lr_scheduler, torch_schedulers)
 ARGUMENTS = {
     "LambdaLR": {"lr_lambda": [lambda step: 0.95**step, lambda step: 1 / (1 + step)]},
     "MultiplicativeLR": {"lr_lambda": lambda step: 0.95},
@@ -112,13 +114,41 @@ def test_the_same_rates_for_100_steps(world, name, mode):
     opt.detach()
 
 
-@pytest.mark.skipif(not hasattr(torch_schedulers.LRScheduler, "print_lr"), reason="torch has removed print_lr")
-def test_print_lr(capsys):
+PRINTED = [
+    ((True, 0, 0.01), "Adjusting learning rate of group 0 to 1.0000e-02.\n"),
+    ((True, 1, torch.tensor(0.5), 3), "Epoch 00003: adjusting learning rate of group 1 to 5.0000e-01.\n"),
+    ((True, 0, 0.01, 2.5), "Epoch 2.50: adjusting learning rate of group 0 to 1.0000e-02.\n"),
+    ((False, 0, 0.01), ""),
+]
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "ChainedScheduler", "SequentialLR", "LinearScalingLR"])
+def test_every_scheduler_prints_rates_on_rank_0(world, name, capsys):
     opt, _ = _wrapped()
-    scheduler = dpoptim.lr_scheduler.ExponentialLR(opt, 0.9)
-    arguments = [True, 0, scheduler.get_last_lr()[0]]
-    if len(inspect.signature(scheduler.print_lr).parameters) == 4:
-        arguments.append(3)
-    scheduler.print_lr(*arguments)
-    assert "1.0000e-02" in capsys.readouterr().out
+    plain = torch.optim.SGD(_groups(_parameters()), lr=0.01)
+    for optimizer, prints in ((opt, world.rank == 0), (plain, True)):
+        if name == "LinearScalingLR":
+            scheduler = dpoptim.lr_scheduler.LinearScalingLR(optimizer, warmup_steps=3, factor=2)
+        else:
+            scheduler = _make(dpoptim.lr_scheduler, name, optimizer)
+        for arguments, text in PRINTED:
+            scheduler.print_lr(*arguments)
+            assert capsys.readouterr().out == (text if prints else "")
     opt.detach()
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "ChainedScheduler", "SequentialLR"])
+def test_schedulers_are_torchs(name):
+    make = (
+        _make(package, name, torch.optim.SGD(_groups(_parameters()), lr=0.01, momentum=0.9)) for package in PACKAGES
+    )
+    ours, theirs = make
+    assert isinstance(ours, type(theirs))
+    assert isinstance(ours, dpoptim.lr_scheduler.LRScheduler)
+    assert isinstance(theirs, dpoptim.lr_scheduler.LRScheduler)
+    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    if name not in ("LambdaLR", "MultiplicativeLR", "CyclicLR"):  # functions that pickle cannot find by name
+        restored = pickle.loads(pickle.dumps(ours))
+        assert type(restored) is type(ours)
+        assert restored.get_last_lr() == theirs.get_last_lr()

@@ -5,8 +5,8 @@ from numbers import Real
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR
 
+from dpoptim.lr_scheduler.torch_schedulers import LinearLR
 from dpoptim.optimizer import DataParallelOptimizer
 
 __all__ = ["LinearScalingLR"]

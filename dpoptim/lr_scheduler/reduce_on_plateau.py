@@ -4,13 +4,14 @@ from typing import SupportsFloat
 
 import torch.optim.lr_scheduler
 
+from dpoptim.lr_scheduler.print_lr import PrintsLR
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["ReduceLROnPlateau"]
 
 
-class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+class ReduceLROnPlateau(PrintsLR, torch.optim.lr_scheduler.ReduceLROnPlateau):
     """torch's ``ReduceLROnPlateau`` on the metric's mean over ranks.
 
     Each rank measures its own part of the data, so its metric differs; decided locally, learning rates and then
