@@ -166,6 +166,7 @@ class DASO(DataParallelOptimizer):
         }
         raise_together(world, _argument_error(settings, node, comm_hook))
         _check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
+        self._make_way(optimizer)
         self._hook = _PhaseHook(comm_hook or allreduce)
         super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=self._hook)
 
@@ -374,6 +375,9 @@ class DASO(DataParallelOptimizer):
         super().detach()
 
     # ---------------------------------------------------------------- how
+
+    def _make_way(self, optimizer: Optimizer) -> None:
+        """Do, when all arguments are right, what must come before parameters are taken over; here nothing."""
 
     def _start_epoch(self) -> None:
         """Begin an epoch with equal nodes, in whatever phase it is."""

@@ -25,6 +25,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from dpoptim.gradient_home import Home, is_large
 from dpoptim.partition import aligned, group_by_size, start_offsets
 from dpoptim.roll_call import RollCall
 
-__all__ = ["Reducer", "Report", "add_hook", "is_reduced"]
+__all__ = ["Reducer", "Report", "add_hook", "is_reduced", "reducers_of"]
 
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
@@ -566,8 +567,13 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def is_reduced(parameter: Tensor) -> bool:
     """Whether some reducer has its hook on this parameter."""
-    hooks = parameter._post_accumulate_grad_hooks or {}
-    return any(isinstance(hook, _GradientHook) for hook in hooks.values())
+    return bool(reducers_of([parameter]))
+
+
+def reducers_of(parameters: Iterable[Tensor]) -> set[Reducer]:
+    """Return the reducers that have a hook on one of these parameters; local."""
+    hooks = chain.from_iterable((parameter._post_accumulate_grad_hooks or {}).values() for parameter in parameters)
+    return {hook.func.__self__ for hook in hooks if isinstance(hook, _GradientHook)}  # type: ignore[attr-defined]
 
 
 def _before_making(home: Home, parameter: Tensor) -> Any:

@@ -347,23 +347,7 @@ def test_daso_wants_to_know_the_last_batch(world):
         _train(opt, parallel, _local(world, 0))
 
 
-# ------------------------------------------------------------------ communicators, several optimizers, bad input
-
-
-def test_several_optimizers_train_parts_of_one_model(world):
-    model, plain = seeded(_mlp), seeded(_mlp)
-    opts = [dph.DataParallelOptimizer(dph.SGD(part.parameters(), lr=0.1)) for part in (model[0], model[2])]
-    parallel = dph.DataParallel(model, heat.MPICommunication(world), opts)
-    plain_opt = torch.optim.SGD(plain.parameters(), lr=0.1)
-    for step in range(3):
-        for opt in opts:
-            opt.zero_grad()
-        parallel(_local(world, step)).pow(2).mean().backward()
-        for opt in opts:
-            opt.step()
-        _train(plain_opt, plain, joined_batch(step, [4] * world.size))
-    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, **CLOSE)
+# ------------------------------------------------------------------ communicators, bad input
 
 
 def test_the_ranks_of_a_split_train_by_themselves(world):
@@ -404,12 +388,8 @@ def test_bad_arguments_are_refused(world):
         dph.DataParallelOptimizer(model)
     with pytest.raises(RuntimeError, match=r"pass the optimizer to DataParallel\(module, comm, optimizer\) first"):
         dph.DataParallelOptimizer(inner).step()
-    with pytest.raises(AttributeError, match=r"has no attribute .communicator. yet: pass"):
+    with pytest.raises(AttributeError, match=r"has no attribute .communicator.: pass"):
         _ = dph.DataParallelOptimizer(inner).communicator
-    opt = dph.DataParallelOptimizer(inner)
-    dph.DataParallel(model, heat.MPI_WORLD, opt)
-    with pytest.raises(ValueError, match="belongs to another DataParallel"):
-        dph.DataParallel(model, heat.MPI_WORLD, opt)
 
 
 @pytest.mark.parametrize(
@@ -448,12 +428,55 @@ def test_daso_raises_the_errors_of_heats(world, options, kind):
         heat.optim.DASO(**given)
 
 
-def test_heats_names_are_here():
-    for name in ("DASO", "DataParallelOptimizer", "Adadelta", "SGD", "lr_scheduler", "utils"):
-        assert hasattr(dph, name)
+def _public(module):
+    """Return the names that a module of Heat's has for its users."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith(("heat.optim", "heat.nn", "torch.optim"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (dph, heat.optim),
+        (dph, heat.nn),
+        (dph.data_parallel, heat.nn.data_parallel),
+        (dph.dp_optimizer, heat.optim.dp_optimizer),
+        (dph.utils, heat.optim.utils),
+        (dph, torch.optim),
+        (dph, torch.optim.lr_scheduler),
+        (dph.lr_scheduler, torch.optim.lr_scheduler),
+        (dph.swa_utils, torch.optim.swa_utils),
+    ],
+    ids=lambda module: module.__name__,
+)
+def test_every_public_name_is_here(ours, theirs):
+    names = vars(theirs).get("__all__") or _public(theirs)
+    assert names
+    for name in names:
+        assert hasattr(ours, name), name
+    with pytest.raises(AttributeError, match="asdf"):
+        _ = ours.asdf
+
+
+def test_names_are_those_of_torch_and_heat():
+    for name in ("dp_optimizer", "lr_scheduler", "utils"):  # modules of ht.optim
+        assert getattr(dph, name).__name__ == f"dpoptim.heat.{name}"
     assert dph.SGD is dpoptim.SGD
+    assert dph.Optimizer is torch.optim.Optimizer
+    assert dph.swa_utils is dpoptim.swa_utils
+    assert dph.dp_optimizer.DASO is dph.DASO
     assert dph.utils.DetectMetricPlateau(patience=1).patience == 1
-    assert issubclass(dph.lr_scheduler.StepLR, torch.optim.lr_scheduler.StepLR)
+    for name in torch.optim.lr_scheduler.__all__:
+        own, torchs = getattr(dph.lr_scheduler, name), getattr(torch.optim.lr_scheduler, name)
+        assert own is getattr(dph, name)
+        assert issubclass(own, torchs)
+        assert (own is torchs) == (name != "ReduceLROnPlateau")
+    assert dph.lr_scheduler._LRScheduler is torch.optim.lr_scheduler._LRScheduler
+    assert dph.ReduceLROnPlateau is dpoptim.lr_scheduler.ReduceLROnPlateau  # decides on the mean over ranks
 
 
 OLD_HEAT = """

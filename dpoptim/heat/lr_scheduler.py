@@ -1,6 +1,18 @@
-"""The names of ``heat.optim.lr_scheduler``: every scheduler of torch, and those of :mod:`dpoptim.lr_scheduler`."""
+"""The names of ``heat.optim.lr_scheduler``: torch's own classes, as in Heat, and those of ours that do more.
 
-from dpoptim import lr_scheduler
-from dpoptim.lr_scheduler import *  # noqa: F403
+``ReduceLROnPlateau`` decides on the metric's mean over ranks, ``LinearScalingLR`` is not in torch.
+"""
 
-__all__ = lr_scheduler.__all__
+from typing import TYPE_CHECKING
+
+import torch.optim.lr_scheduler
+from torch.optim.lr_scheduler import *  # noqa: F403
+
+from dpoptim.fall_through import fall_through
+from dpoptim.lr_scheduler import LinearScalingLR, ReduceLROnPlateau
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = fall_through(__name__, torch.optim.lr_scheduler)
+
+__all__ = ["LinearScalingLR", "ReduceLROnPlateau"]
+__all__ += [name for name in torch.optim.lr_scheduler.__all__ if name not in __all__]

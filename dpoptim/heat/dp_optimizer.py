@@ -1,17 +1,21 @@
-"""``DASO`` and ``DataParallelMultiGPU`` with the arguments of Heat's classes."""
+"""``DataParallelOptimizer`` and ``DASO`` with the arguments of Heat's classes, in the module of Heat's name."""
 
+from collections.abc import Callable
 from typing import Any, SupportsFloat
 
 import heat
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import dpoptim.daso
+import dpoptim.optimizer
 from dpoptim.comm_hooks import CommHook, allreduce, bf16_compress, fp16_compress
+from dpoptim.heat.succession import Replaceable, make_way
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
-__all__ = ["DASO", "DataParallelMultiGPU"]
+__all__ = ["DASO", "DataParallelOptimizer"]
 
 _HOOKS: dict[torch.dtype, CommHook] = {
     torch.bfloat16: bf16_compress,
@@ -20,7 +24,83 @@ _HOOKS: dict[torch.dtype, CommHook] = {
 }
 
 
-class DASO(dpoptim.daso.DASO):
+class DataParallelOptimizer(Replaceable):
+    """A torch optimizer for data parallelism, in place of ``heat.optim.DataParallelOptimizer``.
+
+    Pass it to a :class:`DataParallel`, which broadcasts weights and begins to average gradients. From then on it is a
+    :class:`dpoptim.DataParallelOptimizer`, with all that it has: schedulers, groups, ``state_dict``, clipping,
+    ``batch_weight``. Unlike Heat's, ``step`` makes the step at once, with blocking communication or without.
+
+    Parameters
+    ----------
+    torch_optimizer : torch.optim.Optimizer
+        The optimizer that makes the step on every rank.
+    blocking : bool
+        Whether gradients are averaged when backward ends, rather than while it goes on where that is faster
+        (``overlap=False`` or ``"auto"``). As in Heat, the :class:`DataParallel` decides.
+
+    Attributes
+    ----------
+    torch_optimizer : torch.optim.Optimizer
+        As given.
+    blocking_parameter_updates : bool
+        Whether communication is blocking.
+
+    Raises
+    ------
+    TypeError
+        ``torch_optimizer`` is not a ``torch.optim.Optimizer``, or ``blocking`` not a bool.
+
+    Notes
+    -----
+    Construction is local. Learning rate schedulers may be made from this or from ``torch_optimizer``, before or after
+    it is passed on. It may be passed on again, and ends when a later one takes its parameters.
+    """
+
+    def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
+        if not isinstance(torch_optimizer, torch.optim.Optimizer):
+            kind = type(torch_optimizer).__name__
+            raise TypeError(f"torch_optimizer must be a torch.optim.Optimizer, got {kind}")
+        if isinstance(torch_optimizer, dpoptim.optimizer.DataParallelOptimizer):
+            raise TypeError("torch_optimizer is already a DataParallelOptimizer: wrap the torch optimizer, once")
+        if not isinstance(blocking, bool):
+            raise TypeError(f"blocking must be a bool, got {type(blocking).__name__}")
+        self.blocking_parameter_updates = blocking
+        self._optimizer = torch_optimizer
+        self._reason = "pass the optimizer to DataParallel(module, comm, optimizer) first, which averages its gradients"
+        # What a scheduler, a hook or load_state_dict needs of this before attach() makes it whole.
+        self._patch_step_function()
+        hooks = {name: value for name, value in vars(torch_optimizer).items() if name.endswith("_hooks")}
+        self.__dict__.update(hooks)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer."""
+        return self._optimizer
+
+    def attach(self, comm: Any, module: nn.Module, *, blocking: bool) -> None:
+        """Begin to average gradients over the ranks of ``comm``; collective. :class:`DataParallel` calls it."""
+        weight = self.batch_weight if self.is_attached else 1.0
+        make_way(RollCall.of(comm).communicator, [p for group in self.param_groups for p in group["params"]])
+        self.blocking_parameter_updates = blocking
+        super().__init__(self._optimizer, comm, module=module, overlap=False if blocking else "auto")
+        self.batch_weight = weight
+        self._begin()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step with the mean gradients; see :meth:`dpoptim.DataParallelOptimizer.step`.
+
+        Raises
+        ------
+        RuntimeError
+            No :class:`DataParallel` has this optimizer, or a later one has taken its parameters.
+        """
+        self._check_attached()
+        step = dpoptim.optimizer.DataParallelOptimizer.step
+        return getattr(step, "__wrapped__", step)(self, closure)  # this class's own step has run the hooks
+
+
+class DASO(Replaceable, dpoptim.daso.DASO):
     """:class:`dpoptim.DASO` in place of ``heat.optim.DASO``: the same arguments, attributes and methods.
 
     Nodes are the ranks that share memory, whatever GPUs each of them sees.
@@ -60,6 +140,11 @@ class DASO(dpoptim.daso.DASO):
     ------
     TypeError, ValueError
         Where Heat's class raises them; on all ranks, if on any.
+
+    Notes
+    -----
+    As in Heat a second one may be made for the same parameters, after :meth:`reset` of the first, which ends: it is
+    detached and makes no more steps. Both begin with rank 0's parameters and state.
     """
 
     def __init__(
@@ -100,8 +185,11 @@ class DASO(dpoptim.daso.DASO):
             chunk_numel=sending_chunk_size,
             comm_hook=_HOOKS[downcast_type],
         )
-        self.register_step_pre_hook(self._check_last_batch)
-        self.register_step_post_hook(self._after_step)
+        self._own_hooks = [
+            self.register_step_pre_hook(self._check_last_batch),
+            self.register_step_post_hook(self._after_step),
+        ]
+        self._begin()
 
     @property
     def local_optimizer(self) -> torch.optim.Optimizer:
@@ -122,6 +210,18 @@ class DASO(dpoptim.daso.DASO):
         raise_together(self._communicator, error)
         self._module = model
         self._broadcast([*model.parameters(), *model.buffers()])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Make one step; see :meth:`dpoptim.DASO.step`.
+
+        Raises
+        ------
+        RuntimeError
+            A later optimizer has taken the parameters.
+        """
+        self._check_attached()
+        step = dpoptim.daso.DASO.step
+        getattr(step, "__wrapped__", step)(self, closure)  # this class's own step has run the hooks
 
     def epoch_loss_logic(self, loss: SupportsFloat, loss_globally_averaged: bool = False) -> None:
         """End the epoch and decide how the next one goes; collective, see :meth:`dpoptim.DASO.end_epoch`.
@@ -154,6 +254,23 @@ class DASO(dpoptim.daso.DASO):
         if self._communicator.rank == 0 and self.verbose:
             print(*args, **kwargs)
 
+    def detach(self) -> None:
+        """End data parallelism and free the communicators; collective. Nodes are not made equal."""
+        self._remove_own_hooks()
+        super().detach()
+
+    def _make_way(self, optimizer: Optimizer) -> None:
+        make_way(self._roll_call.communicator, [p for group in optimizer.param_groups for p in group["params"]])
+
+    def _remove_hooks(self) -> None:
+        self._remove_own_hooks()
+        super()._remove_hooks()
+
+    def _remove_own_hooks(self) -> None:
+        """Take the hooks that this class has added off the wrapped optimizer, which may have another wrapper next."""
+        for hook in self._own_hooks:
+            hook.remove()
+
     def _check_last_batch(self, *_: Any) -> None:
         if self.last_batch is None:
             raise ValueError("last_batch must be set before the first step: opt.last_batch = len(loader) - 1")
@@ -163,44 +280,6 @@ class DASO(dpoptim.daso.DASO):
             self.scheduler.step()
         if self.last_batch is not None and self.current_batch > self.last_batch:
             self.synchronize()
-
-
-class DataParallelMultiGPU(nn.Module):
-    """A model for :class:`DASO`, in place of ``heat.nn.DataParallelMultiGPU``; on any number of GPUs or none.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The local model, on the device where it is to stay. Its weights are broadcast, not initialised anew.
-    optimizer : DASO
-        The one of this package, not Heat's.
-    comm : heat.MPICommunication
-        For Heat's sake; the ranks are those of ``optimizer``.
-
-    Raises
-    ------
-    TypeError
-        On all ranks, if ``optimizer`` or ``module`` has another type on any.
-
-    Notes
-    -----
-    Construction is collective.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: DASO, comm: Any = heat.MPI_WORLD) -> None:
-        super().__init__()
-        error = None
-        if not isinstance(optimizer, DASO):
-            kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-            error = TypeError(f"optimizer must be a dpoptim.heat.DASO, got {kind}")
-        raise_together(RollCall.of(comm).communicator, error)
-        optimizer.set_model(module)
-        self.module = module
-        self.comm = comm
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Return the model's output."""
-        return self.module(*inputs, **kwargs)
 
 
 def _argument_error(
@@ -214,6 +293,8 @@ def _argument_error(
     """Return what is wrong with those arguments that only Heat's class has, or names so."""
     if not isinstance(local_optimizer, torch.optim.Optimizer):
         return TypeError(f"local_optimizer must be a torch.optim.Optimizer, got {type(local_optimizer).__name__}")
+    if isinstance(local_optimizer, dpoptim.optimizer.DataParallelOptimizer):
+        return TypeError("local_optimizer is already a DataParallelOptimizer: pass the torch optimizer")
     if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         return TypeError(
             f"scheduler must be a torch learning rate scheduler, an object of the class, got {scheduler!r}"
