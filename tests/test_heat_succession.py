@@ -86,6 +86,7 @@ def test_an_optimizer_that_is_passed_on_again_goes_on(world):
     plain_scheduler = torch.optim.lr_scheduler.ExponentialLR(plain_opt, 0.9)
     hooks = []
     opt.register_step_pre_hook(lambda *_: hooks.append("step"))
+    opt.torch_optimizer.note = "the wrapped optimizer's own"
     first = dph.DataParallel(model, comm, opt)
     opt.batch_weight = 4.0
     for steps, wrapped in (((0, 1), [opt]), ((2, 3), [opt, opt]), ((4, 5), [opt])):
@@ -105,6 +106,7 @@ def test_an_optimizer_that_is_passed_on_again_goes_on(world):
     _train(plain_opt, plain, _joined(world, [6]))
     _check_equal(model, plain)
     assert len(hooks) == 7
+    assert opt.note == "the wrapped optimizer's own"
     check_replicas(opt.communicator, model.named_parameters())
 
 

@@ -87,7 +87,7 @@ class DataParallelOptimizer(Replaceable):
         self.batch_weight = weight
         self._begin()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make one step with the mean gradients; see :meth:`dpoptim.DataParallelOptimizer.step`.
 
         Raises
@@ -97,7 +97,8 @@ class DataParallelOptimizer(Replaceable):
         """
         self._check_attached()
         step = dpoptim.optimizer.DataParallelOptimizer.step
-        return getattr(step, "__wrapped__", step)(self, closure)  # this class's own step has run the hooks
+        # This class's own step has run the hooks.
+        return getattr(step, "__wrapped__", step)(self, closure, *args, **kwargs)
 
 
 class DASO(Replaceable, dpoptim.daso.DASO):

@@ -17,7 +17,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -82,10 +82,11 @@ class Replaceable(DataParallelOptimizer):
         if not self.is_attached:
             raise RuntimeError(f"{type(self).__name__} can make no step: {self._reason}")
 
-    def __getattr__(self, name: str) -> NoReturn:
-        """Say why there is no such attribute, or not any more."""
-        reason = "" if self.is_attached or name.startswith("__") or not self._reason else f": {self._reason}"
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{reason}", name=name, obj=self)
+    def __getattr__(self, name: str) -> Any:
+        """Return what the wrapped optimizer has, or say why there is no such attribute yet, or not any more."""
+        if self.is_attached or not self._reason or name.startswith("__"):
+            return super().__getattr__(name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {self._reason}", name=name, obj=self)
 
     def __repr__(self) -> str:
         return super().__repr__() if self.is_attached else f"{type(self).__name__} of {self._optimizer!r}"
