@@ -48,7 +48,7 @@ _NUM_STEPS = 24
 _SCALES = (1.0, 1e-3, 30.0, 0.5)
 # What is wider behaves as it did here: classes that factor large matrices alone begin at 128 at most.
 _MAX_WIDTH, _MAX_DEEP_WIDTH = 144, 8
-_MAX_TOYS, _MAX_GROUPS = 8, 4
+_MAX_TOYS, _MAX_GROUPS = 12, 4
 # In float64, of the largest movement: a sum in another order is right, a coupling is not.
 _TOLERANCE = 1e-9
 
@@ -136,6 +136,7 @@ class _Probe:
         self._is_sharp = is_sharp
         self._groups = self._choose_groups()
         self._places = [(g, i) for g, chosen in self._groups.items() for i in chosen][:_MAX_TOYS]
+        self._groups = {g: chosen for g, chosen in self._groups.items() if any(g == h for h, _ in self._places)}
         self._shapes = [_toy_shape(optimizer.param_groups[g]["params"][i].shape) for g, i in self._places]
 
     def verdict(self) -> Divisibility:
@@ -214,7 +215,7 @@ class _Probe:
         return True
 
     def _choose_groups(self) -> dict[int, list[int]]:
-        """Return which groups to try, and which parameters of each: two of each number of dimensions."""
+        """Return which groups to try, and which parameters of each: some of each dimensionality, and the widest."""
         chosen: dict[int, list[int]] = {}
         kinds: set[str] = set()
         for number, group in enumerate(self._optimizer.param_groups):
@@ -224,10 +225,11 @@ class _Probe:
             if not trained or (kind in kinds and len(chosen) > 1) or len(chosen) == _MAX_GROUPS:
                 continue
             kinds.add(kind)
-            by_dim: dict[int, list[int]] = {}
+            by_dim: dict[int, list[tuple[int, Tensor]]] = {}
             for i, p in trained:
-                by_dim.setdefault(p.dim(), []).append(i)
-            chosen[number] = sorted(i for some in by_dim.values() for i in some[:2])
+                by_dim.setdefault(p.dim(), []).append((i, p))
+            widest = [max(some, key=lambda each: min(each[1].shape, default=0))[0] for some in by_dim.values()]
+            chosen[number] = sorted({*widest, *(i for some in by_dim.values() for i, _ in (some[0], some[-1]))})
         return chosen
 
     def _twin(self) -> Any:

@@ -37,7 +37,7 @@ from dpoptim.roll_call import RollCall
 from dpoptim.sharded_state import gather_form, scatter_form
 from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
 from dpoptim.step_hooks import FIRST_HOOK, run_hooks_around_step
-from dpoptim.torch_calls import make_known
+from dpoptim.torch_calls import forget, make_known
 from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
     Form,
@@ -503,12 +503,10 @@ class DataParallelOptimizer(Optimizer):
         self._reducer.canaries.remove()
         return self._divided.total_norm(norm_type, gradients)
 
-    def join_reduction(self) -> list[Tensor]:
-        """Join a reduction for which this rank had no gradient, and return the gradients that came of it."""
-        if not self._reducer.waits_for_gradients:
-            return []
-        self._reducer.finish()
-        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+    def join_reduction(self, parameters: Sequence[Tensor]) -> None:
+        """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
+        if self._reducer.waits_for_gradients and not set(map(id, parameters)).isdisjoint(map(id, self._parameters())):
+            self._reducer.finish()
 
     def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed; they are reduced before."""
@@ -571,6 +569,7 @@ class DataParallelOptimizer(Optimizer):
             self._divided.release()
             self._divided = None
             load_full_form(self, form)
+        forget(self)
         self._reducer.detach()
         del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[FIRST_HOOK]
         self._communicator.free()

@@ -11,6 +11,7 @@ gradients go to torch's own code.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from torch.nn.utils import clip_grad
 
 from dpoptim.errors import raised_on_all_ranks
 
-__all__ = ["ReadsParts", "make_known"]
+__all__ = ["ReadsParts", "forget", "make_known"]
 
 
 class ReadsParts(Protocol):
@@ -34,8 +35,8 @@ class ReadsParts(Protocol):
     def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the global norm of such gradients, in float64; collective."""
 
-    def join_reduction(self) -> list[Tensor]:
-        """Join a reduction for which this rank had no gradient, and return the gradients that came of it."""
+    def join_reduction(self, parameters: Sequence[Tensor]) -> None:
+        """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
 
     def while_infinities_are_sought(self) -> AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed."""
@@ -52,6 +53,11 @@ def make_known(optimizer: ReadsParts) -> None:
         for module in (clip_grad, torch.nn.utils):
             _replace(module, "get_total_norm", _with_global_norm)
     _known.add(optimizer)
+
+
+def forget(optimizer: ReadsParts) -> None:
+    """Treat an optimizer as one of a single rank again."""
+    _known.discard(optimizer)
 
 
 def _replace(holder: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -76,7 +82,12 @@ def _with_global_norm(total_norm: Callable[..., Tensor]) -> Callable[..., Tensor
     ) -> Tensor:
         rest = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if not rest:
-            rest = [gradient for optimizer in _in_order() for gradient in optimizer.join_reduction()]
+            # The others have gradients perhaps, of the parameters that torch's function was called with.
+            parameters = sys._getframe(1).f_locals.get("parameters")
+            parameters = parameters if isinstance(parameters, list) else []
+            for optimizer in _in_order():
+                optimizer.join_reduction(parameters)
+            rest = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms, dtype, device = [], None, None
         for optimizer in _in_order():
             own = optimizer.own_gradients_among(rest)
