@@ -313,7 +313,7 @@ class DASO(DataParallelOptimizer):
         """
         weight = self.batch_weight if weight is None else weight
         total_weight = self._roll_call.answer(self._place("averaging a number"), weight)
-        total = torch.tensor([value * weight], dtype=torch.float64)
+        total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
         self._communicator.all_reduce(total)
         return total.item() / total_weight
 
@@ -430,10 +430,12 @@ class DASO(DataParallelOptimizer):
         is_finite = self._average.measure()
         weight = self._weight if self._weight > 0 else self.batch_weight
         place = self._place(f"{purpose} of {self._average.numel} numbers")
-        total_weight = self._roll_call.answer(place, weight if is_finite else float("nan"))
+        total_weight = self._roll_call.answer(
+            place, weight if is_finite else float("nan"), self._reducer.hyper_parameters
+        )
         if math.isnan(total_weight):
             self._raise_not_finite()
-        node_weight = torch.tensor([weight], dtype=torch.float64)
+        node_weight = torch.tensor([weight], dtype=torch.float64, device="cpu")
         self._node.all_reduce(node_weight)
         share = node_weight.item() / total_weight
         self._average.start(share)

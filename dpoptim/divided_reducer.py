@@ -17,8 +17,7 @@ Buckets and their order are fixed (Note [Who owns what] in sharding.py); they ar
 """
 
 import cmath
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +27,13 @@ from dpoptim.bucket import Bucket
 from dpoptim.canaries import Canaries
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import Piece
-from dpoptim.reducer import Reducer, Report, add_hook
+from dpoptim.reducer import MARK, REDUCED, Reducer, Report
 from dpoptim.sharding import Entry, Sharding
 
 __all__ = ["DividedReducer"]
 
-# An attribute of gradients: they are the result of a reduction; or they were, and are what has come since.
-_MARK = "_dpoptim_mark"
-_REDUCED, _PUT_ASIDE = "reduced", "put aside"
+# The mark of gradients that were the result of a reduction, and are what has come since.
+_PUT_ASIDE = "put aside"
 
 
 class DividedReducer(Reducer):
@@ -52,8 +50,6 @@ class DividedReducer(Reducer):
     ----------
     sleeping_buckets : list of Bucket
         Those that are not reduced, since no rank trains their parameters.
-    put_aside : dict of int to Tensor
-        Parts of gradients that were reduced before, by their parameters' numbers; this object's to write to.
     canaries : Canaries
         Of gradients that are reduced in part.
     """
@@ -62,34 +58,42 @@ class DividedReducer(Reducer):
         super().__init__(*args, **options)
         self.sleeping_buckets: list[Bucket] = []
         self._sharding = sharding
-        self.put_aside: dict[int, Tensor] = {}
         self._without_mark: set[int] = set()
         self.canaries = Canaries()
+        self._changed: set[int] = set()
 
     @property
     def all_buckets(self) -> list[Bucket]:
         """The plan with what is not reduced for now."""
         return [*self._buckets, *self.sleeping_buckets]
 
-    def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str], groups: Sequence[int]) -> None:
-        """Take over more parameters; see :meth:`Reducer.add_parameters`."""
-        start = len(self._parameters)
-        super().add_parameters(parameters, names, groups)
-        for index, parameter in enumerate(parameters, start):
-            if parameter.is_floating_point() or parameter.is_complex():
-                self._handles.append(add_hook(parameter, partial(_before_adding, self, index)))
+    @property
+    def _looks_before_adding(self) -> bool:
+        return True
 
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
+        super().note_cleared()
+        self._forget_what_was_put_aside()
+
+    def _forget_what_was_put_aside(self) -> None:
         self.put_aside.clear()
         self._without_mark.clear()
 
     def before_adding(self, index: int) -> None:
         """Put a gradient's own part aside, if it was reduced in part; called before autograd adds to it."""
         gradient = self._parameters[index].grad
-        if gradient is None or getattr(gradient, _MARK, None) != _REDUCED:
+        if gradient is None:
             return
-        setattr(gradient, _MARK, _PUT_ASIDE)
+        mark = getattr(gradient, MARK, None)
+        if mark == _PUT_ASIDE or index in self.put_aside:
+            self._follow_changes(index, gradient)
+            return
+        if mark != REDUCED and (
+            not self._reduced_since_step or index in self._local or index in self._arrived or gradient.is_sparse
+        ):
+            return  # autograd's own, or there before the first reduction
+        setattr(gradient, MARK, _PUT_ASIDE)
         if torch.is_grad_enabled():  # autograd is asked for a graph of the gradient, and adds into a new tensor
             self._without_mark.add(index)
         piece = self._own_piece(index)
@@ -104,6 +108,25 @@ class DividedReducer(Reducer):
                     self.put_aside[index] = whole
             gradient.zero_()
 
+    def _follow_changes(self, index: int, gradient: Tensor) -> None:
+        """Forget what was put aside of a gradient that was set to zero; what else is done to it can't be followed."""
+        if index not in self.put_aside or index not in self._local or gradient._version == self._local[index]:
+            return
+        if not gradient.any():
+            del self.put_aside[index]
+            return
+        self._misfit = True
+        self._changed.add(index)
+
+    def _misfits(self, gradients: Mapping[int, Tensor]) -> dict[int, str]:
+        changed = {
+            index: f"the gradient of {self._describe(index)} was changed in place (on rank {self.communicator.rank}) "
+            "between two backward passes of a step, the first of which was reduced: with shard and node_shared change "
+            "it after the last one, or keep all but the last in no_sync()"
+            for index in self._changed
+        }
+        return super()._misfits(gradients) | changed
+
     def before_making(self, index: int) -> None:
         """Forget what was put aside of a gradient that is gone; called before autograd makes another."""
         self.put_aside.pop(index, None)
@@ -116,12 +139,16 @@ class DividedReducer(Reducer):
     def _add_what_was_put_aside(self) -> None:
         for index, part in self.put_aside.items():
             gradient, piece = self._parameters[index].grad, self._own_piece(index)
-            is_sum = index in self._without_mark or getattr(gradient, _MARK, None) == _PUT_ASIDE
+            is_sum = index in self._without_mark or getattr(gradient, MARK, None) == _PUT_ASIDE
             if gradient is None or piece is None or not is_sum:
                 continue  # it was set to None in between
             whole = part.shape == gradient.shape
             (gradient if whole else gradient.view(-1)[piece.start : piece.stop]).add_(part)
-        self.note_cleared()
+        self._forget_what_was_put_aside()
+
+    def _end(self) -> None:
+        super()._end()
+        self._changed.clear()
 
     def _plan_for(self, start: int, groups: Sequence[int]) -> None:
         """Divide the new parameters; those that are frozen sleep."""
@@ -155,7 +182,7 @@ class DividedReducer(Reducer):
             self._spoil()
         for parameter in self._parameters:
             if parameter.grad is not None:
-                setattr(parameter.grad, _MARK, _REDUCED)
+                setattr(parameter.grad, MARK, REDUCED)
         if has_woken and self._have_homes(self._place):
             self._find_homes()
         if not num_not_finite:
@@ -163,7 +190,7 @@ class DividedReducer(Reducer):
 
     def is_partial(self, gradient: Tensor) -> bool:
         """Whether this rank has the mean of its part of a gradient alone."""
-        return getattr(gradient, _MARK, None) == _REDUCED
+        return getattr(gradient, MARK, None) == REDUCED
 
     def check_gradients(self) -> None:
         """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
@@ -232,26 +259,8 @@ class DividedReducer(Reducer):
                     continue
                 owned = next((p for p in bucket.own_pieces if p.position == position), None)
                 element = 0 if owned is None or owned.start > 0 else owned.stop
-                gradient[torch.unravel_index(torch.tensor(element), gradient.shape)] = float("inf")
+                gradient[torch.unravel_index(torch.tensor(element, device="cpu"), gradient.shape)] = float("inf")
                 return
-
-
-def _before_adding(reducer: DividedReducer, index: int, parameter: Tensor) -> Any:
-    return parameter.register_hook(_BeforeAdding(reducer, index, parameter))
-
-
-class _BeforeAdding:
-    """Tells a reducer that autograd is about to make a gradient or to add to it."""
-
-    def __init__(self, reducer: DividedReducer, index: int, parameter: Tensor) -> None:
-        self._reducer, self._index, self._parameter = reducer, index, parameter
-        self._put_aside = reducer.put_aside
-
-    def __call__(self, _: Tensor) -> None:
-        if self._parameter.grad is not None:
-            self._reducer.before_adding(self._index)
-        elif self._put_aside:
-            self._reducer.before_making(self._index)
 
 
 def _are_finite(parts: Sequence[Tensor]) -> bool:

@@ -18,6 +18,7 @@ from dpoptim.communicator import Communicator
 from dpoptim.divided import Divided, divided
 from dpoptim.divided_reducer import DividedReducer
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.hyper_parameters import HyperParameters
 from dpoptim.inner_step import InnerStep
 from dpoptim.kept_attributes import KeptAttributes
 from dpoptim.overlap import has_spare_cores, try_overlap
@@ -203,6 +204,7 @@ class DataParallelOptimizer(Optimizer):
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
             accumulate=accumulate,
+            hyper_parameters=HyperParameters(lambda: self.param_groups),
         )
         if accumulate > 1:  # around torch's own hooks, which run only when a step is made
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
@@ -472,8 +474,14 @@ class DataParallelOptimizer(Optimizer):
         """Scale all gradients so that their global norm is at most ``max_norm``; return the norm before.
 
         The same as ``torch.nn.utils.clip_grad_norm_`` on all parameters of one process. Local, since gradients are
-        global already; with ``shard`` or ``node_shared`` collective, since each rank has the global mean of its part.
+        global already, unless they still wait for their reduction (all backward passes in :meth:`no_sync`; a rank
+        without one), which is made then; with ``shard`` or ``node_shared`` collective, since each rank has the global
+        mean of its part. In a batch that only counts (:attr:`is_accumulating`) nothing is clipped, and the norm is this
+        rank's.
         """
+        if self.is_accumulating:
+            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            return nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
         self._reducer.finish()
         if self._divided is not None:
             self._reducer.meet("clipping gradients", 1.0)
@@ -531,7 +539,7 @@ class DataParallelOptimizer(Optimizer):
         """
         weight = self._reducer.batch_weight if weight is None else weight
         total_weight = self._reducer.meet("averaging a number", weight)
-        total = torch.tensor([value * weight], dtype=torch.float64)
+        total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
         self._communicator.all_reduce(total)
         return total.item() / total_weight
 

@@ -18,10 +18,18 @@ Note [The end of backward]
 The autograd engine runs a queued callback when its graph task ends. Reentrant checkpointing runs graph tasks
 inside others: there the callback sees an evaluating node and leaves the work to the outer task's callback. If no
 hook fires in the outer task any more, ``step`` finishes the reduction. A rank on which no parameter got a gradient
-has no callback at all: it joins the others in ``step``.
+has no callback at all: it joins the others in ``step``. Of a backward that raises the callback is dropped (Note [A
+backward that raised] in backward_passes.py).
+
+Note [Means of several batches]
+-------------------------------
+With ``accumulate=k`` the mean is divided by k. What a second backward of the last batch adds would be divided alone, so
+a gradient that was reduced is multiplied by k before more is added to it, and divided with the rest.
 """
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,20 +41,31 @@ from torch import Tensor
 from torch._C import _current_autograd_node, _current_graph_task_id
 from torch.autograd import Variable
 
+from dpoptim.backward_passes import common
 from dpoptim.bucket import Bucket
 from dpoptim.comm_hooks import CommHook
 from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.gradient_home import Home, is_large
+from dpoptim.hyper_parameters import HyperParameters
 from dpoptim.partition import aligned, group_by_size, start_offsets
-from dpoptim.roll_call import RollCall
+from dpoptim.roll_call import DifferentPlacesError, RollCall
+from dpoptim.sparse_gradients import sum_sparse
 
-__all__ = ["Reducer", "Report", "add_hook", "is_reduced", "reducers_of"]
+__all__ = ["MARK", "REDUCED", "STEP", "Reducer", "Report", "add_hook", "is_reduced", "reducers_of"]
+
+# An attribute of gradients, and its value where they are the result of a reduction.
+MARK = "_dpoptim_mark"
+REDUCED = "reduced"
 
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
 _OVERLAPPED_BYTES = 1 << 19
 # Where starting to send takes no thread's turn.
 _POLLED_BYTES = 1 << 18
+# In the description of every place at which gradients are reduced.
+_PASSES = "no_sync() blocks"
+# And of that at which ranks meet to step together.
+STEP = "a step"
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class Report:
     sparse_dims: dict[int, int]
     misfits: dict[int, str]
     order: list[int]
+    has_raised: bool
+    rewritten: str | None
 
 
 class Reducer:
@@ -77,15 +98,21 @@ class Reducer:
         overlaps, 256 KiB if it is polled.
     accumulate : int
         How many batches make one mean.
+    hyper_parameters : HyperParameters, optional
+        What all ranks must set alike.
 
     Attributes
     ----------
+    hyper_parameters : HyperParameters or None
+        As given.
     batch_weight : float
         Weight of this rank's gradients in the mean.
     has_local_gradients : bool
         Whether gradients of a backward wait for their reduction.
     num_accumulated : int
         How many batches of the next mean are done.
+    put_aside : dict of int to Tensor
+        Parts of gradients that were reduced before, by their parameters' numbers, where they are divided.
     """
 
     def __init__(
@@ -96,15 +123,19 @@ class Reducer:
         comm_hook: CommHook,
         bucket_bytes: int,
         accumulate: int = 1,
+        hyper_parameters: HyperParameters | None = None,
     ) -> None:
         self.communicator = communicator
         self.batch_weight = 1.0
         self.has_local_gradients = False
         self.accumulate = accumulate
         self.num_accumulated = 0
+        self.put_aside: dict[int, Tensor] = {}
         self._is_enabled = True
         self._roll_call = roll_call
+        self.hyper_parameters = hyper_parameters
         self._number = roll_call.enroll()
+        roll_call.passes.add(self._number, self)
         self._comm_hook = comm_hook
         self._bucket_bytes = bucket_bytes
         self._sends_early = communicator.overlap
@@ -113,10 +144,12 @@ class Reducer:
         self._parameters: list[Tensor] = []
         self._names: list[str] = []
         self._handles: list[Any] = []
+        self._hook_ids: dict[int, int] = {}
         # The plan, equal on all ranks.
         self._buckets: list[Bucket] = []
         self._place: dict[int, tuple[Bucket, int]] = {}
         self._sparse_dims: dict[int, int] = {}
+        self._is_dense: set[int] = set()  # of these, the parameters that had a dense gradient on some rank
         self._had_anywhere: list[int] = []
         self._order: list[int] = []
         # Where large gradients lie, by the parameters' numbers, and the hooks that they need.
@@ -126,13 +159,21 @@ class Reducer:
         self._num_steps = 0
         self._num_no_sync = 0
         self._reduced_since_step = False
-        self._tasks: set[int] = set()
+        self._tasks: dict[int, weakref.ref[_EndOfBackward] | None] = {}  # None when it has ended inside another
+        self._num_raised = 0
+        self._local: dict[int, int] = {}  # parameters with a gradient that is local, and its version
+        self._note = ""
         self._had_gradient: bytes | None = None
+        # A gradient of the last reduction, and its version, that show whether gradients were changed since.
+        self._sample: tuple[Tensor, int] | None = None
+        self._are_changed = False
         # The reduction under way.
         self._scale: float | None = None
         self._arrived: list[int] = []
         self._launched: list[tuple[Bucket, Work]] = []
         self._misfit = False
+        self._has_raised = False
+        self._is_early = self._is_put_off = False
 
     def add_parameters(self, parameters: Sequence[Tensor], names: Sequence[str], groups: Sequence[int]) -> None:
         """Take over more parameters; all ranks with the same, in the same order, outside of backward.
@@ -149,7 +190,11 @@ class Reducer:
             for index, parameter in enumerate(parameters, start):
                 if not parameter.is_floating_point() and not parameter.is_complex():
                     continue  # can never have a gradient
-                self._handles.append(add_hook(parameter, partial(_after_adding, self, index)))
+                handle = add_hook(parameter, partial(_after_adding, self, index))
+                self._handles.append(handle)
+                self._hook_ids[index] = handle.id
+                if self._looks_before_adding:
+                    self._handles.append(add_hook(parameter, partial(_before_adding, self, index)))
         self._had_gradient = None
         self._plan_for(start, groups)
 
@@ -191,6 +236,12 @@ class Reducer:
 
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
+        self._roll_call.passes.settle()
+        if self._tasks:  # of a backward whose end could not be seen, on all ranks
+            self._forget_backward()
+        self._local.clear()
+        self.has_local_gradients = False
+        self._reduced_since_step = False
 
     def check_gradients(self) -> None:
         """Raise ``RuntimeError`` if gradients are not what they were reduced to, where that can be seen; local."""
@@ -201,8 +252,21 @@ class Reducer:
         That is: no parameter of this rank had a gradient, or gradients are still local after ``no_sync``, or the
         end of backward could not be seen.
         """
-        if self._has_work and (self._tasks or self._num_no_sync or not self._reduced_since_step):
-            self._reduce()
+        if not self._has_work:
+            return
+        if self._tasks:
+            self._roll_call.passes.settle()
+        if self._tasks or self._num_no_sync or not self._reduced_since_step or self._are_cleared():
+            if not (self._tasks or self._num_no_sync):
+                self._note = ", without a backward since the last step"
+            self.reduce()
+
+    def _are_cleared(self) -> bool:
+        """Whether all gradients are gone that the last reduction has left."""
+        parameters, had = self._parameters, self._had_anywhere
+        if not had or parameters[had[0]].grad is not None:
+            return False
+        return all(parameter.grad is None for parameter in parameters)
 
     @property
     def number(self) -> int:
@@ -217,12 +281,25 @@ class Reducer:
 
     def meet(self, purpose: str, weight: float) -> float:
         """Meet all ranks for the same purpose and return the sum of their weights; collective (Note [Roll call])."""
-        return self._roll_call.answer(f"optimizer {self._number}, step {self._num_steps}, {purpose}", weight)
+        self._roll_call.passes.settle()
+        while True:
+            try:
+                return self._roll_call.answer(self._place_of(purpose), weight, self.hyper_parameters, self._note)
+            except DifferentPlacesError as error:
+                self._find_common(purpose, error)
+
+    def _place_of(self, purpose: str) -> str:
+        return f"optimizer {self._number}, step {self._num_steps}, {purpose}"
 
     @property
     def _has_work(self) -> bool:
         """Whether gradients are anything else than the mean as they come."""
         return self.communicator.world_size > 1 or self.accumulate > 1
+
+    @property
+    def _looks_before_adding(self) -> bool:
+        """Whether autograd is to say when it adds to a gradient."""
+        return self.accumulate > 1
 
     @property
     def is_accumulating(self) -> bool:
@@ -235,6 +312,10 @@ class Reducer:
 
     def count_step(self) -> None:
         """Note that the optimizer has made a step."""
+        if self._sample is not None:
+            gradient, version = self._sample
+            self._are_changed = gradient._version != version
+            self._sample = None
         self.num_accumulated = 0
         self._num_steps += 1
         self._reduced_since_step = False
@@ -248,6 +329,7 @@ class Reducer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._roll_call.passes.remove(self._number)
         self._leave_homes()
 
     # ---------------------------------------------------------------- while backward runs
@@ -258,20 +340,54 @@ class Reducer:
             self._homes[index].take_in(self._parameters[index])
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
             self.has_local_gradients = True
+            self._local[index] = _version(self._parameters[index].grad)
             return
         task = _current_graph_task_id()
         if task not in self._tasks:
-            self._tasks.add(task)
-            Variable._execution_engine.queue_callback(self._on_backward_end)
+            self._roll_call.passes.reach(self._number)
+            end = _EndOfBackward(self, task)
+            self._tasks[task] = weakref.ref(end)
+            Variable._execution_engine.queue_callback(end)
         self._arrived.append(index)
-        if self._sends_early and self._order:
+        if self._sends_early and self._order and self._is_last_hook(index):
             self._launch_full_bucket(index)
             self.communicator.poll()
 
+    def before_adding(self, index: int) -> None:
+        """Undo the division by the number of batches (Note [Means of several batches]); called by autograd."""
+        gradient = self._parameters[index].grad
+        if gradient is not None and getattr(gradient, MARK, None) == REDUCED:
+            setattr(gradient, MARK, None)
+            with torch.no_grad():
+                gradient.mul_(self.accumulate)
+
+    def before_making(self, index: int) -> None:
+        """Take note that autograd is about to make a gradient."""
+
+    def _is_last_hook(self, index: int) -> bool:
+        """Whether no hook of the user's follows, which may change the gradient; else it goes first from now on."""
+        hooks = self._parameters[index]._post_accumulate_grad_hooks
+        if hooks is None or len(hooks) == 1:
+            return True
+        own = self._hook_ids[index]
+        if next(reversed(hooks)) == own:
+            return True
+        hooks[own] = hooks.pop(own)
+        return False
+
     def _launch_full_bucket(self, index: int) -> None:
+        if self._is_put_off:
+            return
         if self._scale is None:
             self._prepare()
-            self._begin()
+            self._is_early = True
+            try:
+                self._begin()
+            except _PutOffError:
+                self._is_put_off = True
+                return
+            finally:
+                self._is_early = False
         if index not in self._place:
             return
         bucket, _ = self._place[index]
@@ -288,30 +404,71 @@ class Reducer:
             with torch.no_grad():
                 self._launch(bucket, self._scale)
 
-    def _on_backward_end(self) -> None:
+    def on_backward_end(self, task: int) -> None:
+        """Reduce at the end of a backward, unless it is one inside another."""
         nested = _current_autograd_node() is not None
         if self._tasks and (not nested or len(self._arrived) >= len(self._place)):
-            self._reduce()
+            self.reduce()
+        if task in self._tasks:
+            self._tasks[task] = None
+
+    # ---------------------------------------------------------------- a backward that raised
+
+    def is_in_backward(self) -> bool:
+        """Whether a backward has reached it that has not ended."""
+        return bool(self._tasks)
+
+    def has_begun(self) -> bool:
+        """Whether a reduction is under way, since the middle of a backward."""
+        return self._scale is not None
+
+    def settle(self) -> None:
+        """End what a backward has begun that raised (Note [A backward that raised]); collective if it had begun."""
+        if self._tasks and any(end is not None and end() is None for end in self._tasks.values()):
+            self._num_raised += 1
+            self._forget_backward()
+
+    def _forget_backward(self) -> None:
+        """End a backward whose gradients nobody wants."""
+        if self._scale is None:
+            self._tasks.clear()
+            self._arrived.clear()
+            self._is_put_off = False
+            self._reduced_since_step = False
+            return
+        self._has_raised = True
+        self.reduce()
 
     # ---------------------------------------------------------------- the reduction
 
     @torch.no_grad()
-    def _reduce(self) -> None:
+    def reduce(self) -> None:
         """Make every gradient the weighted mean over ranks; collective."""
         try:
-            if self._scale is None and self._can_announce():
-                self._prepare()
-                for bucket in self._buckets:
-                    self._launch(bucket, self.batch_weight)
-                self.communicator.divide_deferred(self.communicator.announce_by(self._begin))
-            elif self._scale is None:
-                self._prepare()
-                self._begin()
-            for bucket in self._buckets[len(self._launched) :]:
-                self._launch(bucket, self._scale)
-            self._take_over()
-        finally:
+            self._reduce_alone()
+        except _TogetherError as together:
+            self._release()
+            self._roll_call.passes.reduce(together.numbers)
+            return
+        except BaseException:
             self._end()
+            raise
+        self._end()
+
+    def _reduce_alone(self) -> None:
+        if self._scale is None and self._can_announce():
+            self._prepare()
+            for bucket in self._buckets:
+                self._launch(bucket, self.batch_weight)
+            self.communicator.divide_deferred(self.communicator.announce_by(self._begin))
+        elif self._scale is None:
+            self._prepare()
+            self._begin()
+        if self._sends_early and self._order and self._roll_call.passes.are_several():
+            self._meet_to_reduce(f"{self._num_no_sync} {_PASSES}, the end of a backward")
+        for bucket in self._buckets[len(self._launched) :]:
+            self._launch(bucket, self._scale)
+        self._take_over()
 
     def _take_over(self) -> None:
         """Turn buckets into gradients when they are reduced, after asking all ranks whether anything has changed."""
@@ -341,17 +498,42 @@ class Reducer:
 
     def _flags(self, had_gradient: bytes) -> list[float]:
         """Return numbers whose sum over ranks all are told; the first says that something has changed."""
-        return [float(self._misfit or had_gradient != self._had_gradient)]
+        changed = self._misfit or self._has_raised or had_gradient != self._had_gradient
+        if not changed and self._sparse_dims:
+            changed = any((g := self._parameters[i].grad) is not None and not g.is_sparse for i in self._sparse_dims)
+        return [float(changed or self._rewritten() is not None)]
+
+    def _rewritten(self) -> str | None:
+        """Say which gradient was changed between a backward in ``no_sync`` and a reduction that no backward began."""
+        if self._tasks or not self._local:
+            return None
+        for index, version in self._local.items():
+            gradient = self._parameters[index].grad
+            if gradient is not None and _version(gradient) != version:
+                return self._names[index]
+        return None
 
     def _settle(self, reports: Sequence[Report] | None, flags: Sequence[float]) -> None:  # noqa: ARG002  others need them
         """Do what is left when all buckets are reduced: what no bucket was planned for, and the next plan."""
         if reports is not None:
-            self._reduce_outsiders()
+            self._reduce_outsiders(reports)
         for index, sparse_dim in self._sparse_dims.items():
-            if index in self._had_anywhere:
-                self._reduce_sparse(index, sparse_dim)
+            if index in self._had_anywhere and index not in self._is_dense:
+                assert self._scale is not None
+                parameter = self._parameters[index]
+                parameter.grad = sum_sparse(self.communicator, parameter, sparse_dim, self._scale)
         if reports is not None:
             self._replan(reports)
+        if self.accumulate > 1:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    setattr(parameter.grad, MARK, REDUCED)
+        self._take_sample()
+
+    def _take_sample(self) -> None:
+        """Take note of a gradient, to see whether gradients are changed before the step."""
+        gradient = self._parameters[self._had_anywhere[0]].grad if self._had_anywhere else None
+        self._sample = None if gradient is None or gradient.is_sparse else (gradient, _version(gradient))
 
     def _can_announce(self) -> bool:
         """Whether the roll call can serve as the meeting at which the ranks of a node tell where gradients are."""
@@ -364,13 +546,48 @@ class Reducer:
 
     def _prepare(self) -> None:
         """Make gradients ready that this backward has not come to; local."""
+        if self._looks_before_adding:
+            for index in set(range(len(self._parameters))).difference(self._arrived):
+                self.before_adding(index)
 
     def _begin(self) -> float:
         """Meet all ranks, and return what weights are divided by; collective."""
-        total_weight = self.meet(f"{self._num_no_sync} no_sync() blocks", self.batch_weight)
+        purpose = f"{self._num_no_sync} {_PASSES}"
+        if self._num_raised:
+            purpose += f", {self._num_raised} backward passes that raised"
+        if self._are_changed:
+            purpose += ", gradients changed between the reduction and the last step"
+        total_weight = self._meet_to_reduce(purpose)
         divisor = total_weight * self.accumulate
         self._scale = self.batch_weight / divisor
         return divisor
+
+    def _meet_to_reduce(self, purpose: str) -> float:
+        if not self._is_early:
+            self._roll_call.passes.finish_others(self._number)
+        return self.meet(purpose, self.batch_weight)
+
+    def _find_common(self, purpose: str, error: DifferentPlacesError) -> None:
+        """Find what all ranks can reduce now (Note [Ranks that use other branches]), or raise the error; collective.
+
+        Returns where this rank is to meet the others again.
+        """
+        if not all(_PASSES in place or place.endswith(f", {STEP}") for place in error.places):
+            raise error
+        reduces = _PASSES in purpose
+        place = self._place_of(purpose)
+        own = self._roll_call.passes.whereabouts(self._number, place, reduces=reduces, is_early=self._is_early)
+        everybody = self._roll_call.communicator.all_gather_object(own)
+        if any(where.is_early for where in everybody):  # who is in the middle of a backward comes back at its end
+            if self._is_early:
+                raise _PutOffError
+            return
+        numbers = common(everybody)
+        if numbers is None:
+            raise error
+        if reduces:
+            raise _TogetherError(numbers)
+        self._roll_call.passes.reduce(numbers)
 
     def _launch(self, bucket: Bucket, scale: float | None) -> None:
         assert scale is not None
@@ -379,15 +596,22 @@ class Reducer:
             self._misfit = True
         self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
 
-    def _end(self) -> None:
+    def _release(self) -> None:
+        """Let go of gradients that were not reduced after all."""
         for bucket in self._buckets:
             bucket.num_pending = len(bucket.indices)
             bucket.release()
+        self._launched.clear()
+        self._misfit = False
+
+    def _end(self) -> None:
+        self._release()
         self._tasks.clear()
         self._arrived.clear()
-        self._launched.clear()
+        self._local.clear()
         self._scale = None
-        self._misfit = False
+        self._has_raised = self._is_put_off = self._are_changed = False
+        self._note = ""
         self._num_no_sync = 0
         self.has_local_gradients = False
         self._reduced_since_step = True
@@ -402,45 +626,36 @@ class Reducer:
                 bucket, position = self._place[index]
                 self._parameters[index].grad = _in_layout_of(self._parameters[index], bucket.reduced(position))
 
-    def _reduce_outsiders(self) -> None:
-        """Reduce, one by one, gradients that no bucket was planned for; collective."""
+    def _reduce_outsiders(self, reports: Sequence[Report]) -> None:
+        """Reduce, one by one, gradients that no bucket was planned for; collective.
+
+        Those too that are sparse on some ranks and dense on others, whose sum is dense.
+        """
         assert self._scale is not None
+        self._is_dense = _dense_somewhere(reports, self._sparse_dims)
         for index in self._had_anywhere:
-            if index in self._place or index in self._sparse_dims:
-                continue
-            parameter = self._parameters[index]
-            bucket = Bucket([index], [parameter])
-            bucket.pack([parameter.grad], self._scale)
-            self._comm_hook(self.communicator, bucket).wait()
-            bucket.unpack()
-            if parameter.grad is None:
-                parameter.grad = _in_layout_of(parameter, bucket.reduced(0))
+            if index in self._is_dense or not (index in self._place or index in self._sparse_dims):
+                self._reduce_outsider(index)
 
-    @torch.no_grad()
-    def _reduce_sparse(self, index: int, sparse_dim: int) -> None:
-        """Sum one sparse gradient: gather all ranks' indices and values; collective."""
-        assert self._scale is not None
+    def _reduce_outsider(self, index: int) -> None:
         parameter = self._parameters[index]
-        gradient = parameter.grad
-        if gradient is None:
-            gradient = torch.zeros_like(parameter).to_sparse(sparse_dim)
-        if not gradient.is_sparse or gradient.sparse_dim() != sparse_dim:
-            gradient = gradient.to_dense().to_sparse(sparse_dim)
-        gradient = gradient.coalesce()
-        indices, values = gradient.indices(), gradient.values() * self._scale
-        num_entries = self.communicator.all_gather_object(indices.shape[1])
-        all_indices = self._gather_rows(indices.t(), num_entries).t()
-        all_values = self._gather_rows(values, num_entries)
-        with torch.sparse.check_sparse_tensor_invariants():  # said explicitly, or some versions of torch warn
-            gathered = torch.sparse_coo_tensor(all_indices, all_values, parameter.shape)
-        parameter.grad = gathered.coalesce()
-
-    def _gather_rows(self, rows: Tensor, num_rows: Sequence[int]) -> Tensor:
-        """Put every rank's rows below one another; collective."""
-        gathered = rows.new_empty(sum(num_rows), *rows.shape[1:])
-        row_numel = rows.shape[1:].numel()
-        self.communicator.all_gather(gathered, rows.contiguous(), counts=[count * row_numel for count in num_rows])
-        return gathered
+        gradient, summed = parameter.grad, None
+        if index in self._place:  # what was dense has been summed
+            bucket, position = self._place[index]
+            summed = bucket.reduced(position)
+            gradient = gradient if gradient is not None and gradient.is_sparse else None
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.to_dense()
+        alone = Bucket([index], [parameter])
+        alone.pack([gradient], self._scale or 0.0)
+        self._comm_hook(self.communicator, alone).wait()
+        mean = _in_layout_of(parameter, alone.reduced(0))
+        if summed is not None:
+            mean += summed
+        if parameter.grad is None or parameter.grad.is_sparse:
+            parameter.grad = mean
+        else:
+            parameter.grad.copy_(mean)
 
     # ---------------------------------------------------------------- the plan
 
@@ -513,13 +728,31 @@ class Reducer:
             sparse_dims={i: g.sparse_dim() for i, g in gradients.items() if g.is_sparse},
             misfits=self._misfits(gradients),
             order=list(dict.fromkeys(self._arrived)) if self.communicator.rank == 0 else [],
+            has_raised=self._has_raised,
+            rewritten=self._rewritten(),
         )
         reports: list[Report] = self.communicator.all_gather_object(own)
+        raised = [rank for rank, report in enumerate(reports) if report.has_raised]
+        if 0 < len(raised) < len(reports):
+            raise raised_on_all_ranks(
+                RuntimeError(
+                    f"a backward raised an error on ranks {', '.join(map(str, raised))} and was caught there, while "
+                    "others went on: leave out a batch on all ranks, or end the program"
+                )
+            )
         for report in reports:
             for misfit in report.misfits.values():
                 raise raised_on_all_ranks(RuntimeError(misfit))
-        for report in reports:
+        for rank, report in enumerate(reports):
             self._sparse_dims |= report.sparse_dims
+            if report.rewritten is not None:
+                warnings.warn(
+                    f"the gradient of parameter '{report.rewritten}' was changed on rank {rank} between a backward in "
+                    "no_sync() and its reduction in step(). Torch's clip_grad_norm_ sees this rank's gradients alone "
+                    "there: call opt.clip_grad_norm_, which reduces them first",
+                    stacklevel=2,
+                )
+                break
         self._had_anywhere = [
             index for index in range(len(self._parameters)) if any(report.had_gradient[index] for report in reports)
         ]
@@ -541,6 +774,9 @@ class Reducer:
         if is_first:
             seen = reports[0].order
             self._order = seen + [index for index in self._default_order() if index not in set(seen)]
+        for index in self._is_dense:
+            if not any(index in report.sparse_dims for report in reports):
+                del self._sparse_dims[index]  # dense on all ranks
         wanted = [
             index
             for index in self._order
@@ -551,6 +787,28 @@ class Reducer:
 
     def _describe(self, index: int) -> str:
         return f"parameter '{self._names[index]}'"
+
+
+class _PutOffError(Exception):
+    """Sending has to wait for the end of backward."""
+
+
+class _TogetherError(Exception):
+    """All ranks reduce these optimizers now."""
+
+    def __init__(self, numbers: frozenset[int]) -> None:
+        super().__init__(numbers)
+        self.numbers = numbers
+
+
+class _EndOfBackward:
+    """Called when a backward ends well, and gone when it does not."""
+
+    def __init__(self, reducer: Reducer, task: int) -> None:
+        self._reducer, self._task = reducer, task
+
+    def __call__(self) -> None:
+        self._reducer.on_backward_end(self._task)
 
 
 class _GradientHook(partial[None]):
@@ -574,6 +832,34 @@ def reducers_of(parameters: Iterable[Tensor]) -> set[Reducer]:
     """Return the reducers that have a hook on one of these parameters; local."""
     hooks = chain.from_iterable((parameter._post_accumulate_grad_hooks or {}).values() for parameter in parameters)
     return {hook.func.__self__ for hook in hooks if isinstance(hook, _GradientHook)}  # type: ignore[attr-defined]
+
+
+def _before_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
+    return parameter.register_hook(_BeforeAdding(reducer, index, parameter))
+
+
+class _BeforeAdding:
+    """Tells a reducer that autograd is about to make a gradient or to add to it."""
+
+    def __init__(self, reducer: Reducer, index: int, parameter: Tensor) -> None:
+        self._reducer, self._index, self._parameter = reducer, index, parameter
+        self._put_aside = reducer.put_aside
+
+    def __call__(self, _: Tensor) -> None:
+        if self._parameter.grad is not None:
+            self._reducer.before_adding(self._index)
+        elif self._put_aside:
+            self._reducer.before_making(self._index)
+
+
+def _version(gradient: Tensor | None) -> int:
+    """Return a number that changes when a gradient is written to in place; -1 if it has none."""
+    return -1 if gradient is None or gradient.is_inference() else gradient._version
+
+
+def _dense_somewhere(reports: Sequence[Report], indices: Iterable[int]) -> set[int]:
+    """Return which of these parameters have a dense gradient on some rank."""
+    return {i for i in indices if any(report.had_gradient[i] and i not in report.sparse_dims for report in reports)}
 
 
 def _before_making(home: Home, parameter: Tensor) -> Any:

@@ -4,7 +4,8 @@ Note [Roll call]
 ----------------
 A reduction starts with one all-reduce of five numbers. In it each rank says whether it has left the program, whether
 it was told to stop (:mod:`dpoptim.utils.preemption`), the weight of its batch, and a fingerprint of where it is (which
-optimizer, which step, which backward). Ranks that
+optimizer, which step, which backward) and of the numbers in its parameter groups (Note [Numbers that part] in
+hyper_parameters.py). Ranks that
 are at different places would otherwise pair their messages wrongly, or wait for ever; here all of them learn of it
 in the same call and raise the same error. A rank that leaves the program answers one last time at exit: if all
 leave, that is the end, and if some still train, they raise instead of waiting.
@@ -19,16 +20,18 @@ import atexit
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpoptim.backward_passes import BackwardPasses
 from dpoptim.communicator import Communicator
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.hyper_parameters import HyperParameters, first_difference
 
-__all__ = ["RollCall"]
+__all__ = ["DifferentPlacesError", "RollCall"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,42 @@ _FINGERPRINT_BITS = 20
 _PLACE_BYTES = 512
 
 _LEAVING_POLL_S = 1e-3
+_NOTE = "\x1f"  # between a place and what else is told
 _GONE = object()
 
 
+class DifferentPlacesError(RuntimeError):
+    """The ranks are at different places of the program.
+
+    Parameters
+    ----------
+    places, told : sequence of str
+        Where each rank is, and what it tells of that.
+    """
+
+    def __init__(self, places: Sequence[str], told: Sequence[str]) -> None:
+        here = "; ".join(f"{_ranks([r for r, p in enumerate(told) if p == q])}: {q}" for q in sorted(set(told)))
+        super().__init__(
+            f"the ranks are at different places ({here}): every rank must run the same backward passes, no_sync() "
+            "blocks and steps in the same order"
+        )
+        self.places = list(places)
+
+
 class RollCall:
-    """The roll call of all optimizers on one communicator. Get it with :meth:`of`."""
+    """The roll call of all optimizers on one communicator. Get it with :meth:`of`.
+
+    Attributes
+    ----------
+    communicator : Communicator
+        Of its ranks.
+    passes : BackwardPasses
+        Of its optimizers.
+    """
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
+        self.passes = BackwardPasses()
         self._num_optimizers = 0
         self._closed: str | None = None
         self._stop_requested = False
@@ -84,7 +115,7 @@ class RollCall:
         """Whether any rank has asked to stop, as of the last answer: the same on all ranks."""
         return self._stop_agreed or (self._stop_requested and self.communicator.world_size == 1)
 
-    def answer(self, place: str, weight: float) -> float:
+    def answer(self, place: str, weight: float, alike: HyperParameters | None = None, note: str = "") -> float:
         """Meet all ranks before a reduction; collective, blocks.
 
         Parameters
@@ -93,6 +124,10 @@ class RollCall:
             Where this rank is; must be the same on all.
         weight : float
             Weight of this rank's batch, > 0.
+        alike : HyperParameters, optional
+            Numbers that must be the same on all.
+        note : str
+            What else to tell, if the ranks turn out to be at different places.
 
         Returns
         -------
@@ -101,12 +136,14 @@ class RollCall:
 
         Raises
         ------
+        DifferentPlacesError
+            On every rank, if the ranks are at different places.
         RuntimeError
-            On every rank that is still there, if the ranks are at different places or one has left the program.
+            On every rank that is still there, if the ranks have set different numbers, or one has left the program.
         """
         if self._closed is not None:
             raise raised_on_all_ranks(RuntimeError(self._closed))
-        num_left, total_weight = self._meet(place, weight)
+        num_left, total_weight = self._meet(place, weight, alike, note)
         if num_left:
             gone = [rank for rank, (left, _) in enumerate(self._explain(place)) if left]
             self._closed = (
@@ -141,27 +178,39 @@ class RollCall:
         if self in _alive:
             _alive.remove(self)
 
-    def _answers(self, place: str, weight: float, *, left: bool) -> list[float]:
-        fingerprint = zlib.crc32(place.encode()) & ((1 << _FINGERPRINT_BITS) - 1)
+    def _answers(self, place: str, weight: float, *, left: bool, alike: HyperParameters | None = None) -> list[float]:
+        fingerprint = zlib.crc32(place.encode()) ^ (0 if alike is None else alike.fingerprint())
+        fingerprint &= (1 << _FINGERPRINT_BITS) - 1
         return [left, weight, fingerprint, fingerprint**2, self._stop_requested]
 
-    def _meet(self, place: str, weight: float) -> tuple[int, float]:
-        answers = self._answers(place, weight, left=False)
-        if self.communicator.world_size > 1:
-            answers = self.communicator.start_sum(answers).wait()
+    def _meet(self, place: str, weight: float, alike: HyperParameters | None, note: str) -> tuple[int, float]:
+        if self.communicator.world_size == 1:
+            self._stop_agreed = self._stop_agreed or self._stop_requested
+            return 0, weight
+        answers = self.communicator.start_sum(self._answers(place, weight, left=False, alike=alike)).wait()
         num_left, total_weight, total, total_of_squares, num_stopping = answers
         self._stop_agreed = self._stop_agreed or num_stopping > 0
         # By Cauchy and Schwarz equality holds only if all are equal.
         if not num_left and self.communicator.world_size * int(total_of_squares) != int(total) ** 2:
-            places = [place for _, place in self._explain(place)]
-            here = "; ".join(f"{_ranks([r for r, p in enumerate(places) if p == q])}: {q}" for q in sorted(set(places)))
+            self._raise_difference(place, alike, note)
+        return int(num_left), total_weight
+
+    def _raise_difference(self, place: str, alike: HyperParameters | None, note: str) -> None:
+        """Raise an error that says where the ranks are, or which numbers differ; collective."""
+        told = [text for _, text in self._explain(f"{place}{_NOTE}{note}")]
+        places = [text.partition(_NOTE)[0] for text in told]
+        if len(set(places)) > 1:
+            raise raised_on_all_ranks(DifferentPlacesError(places, [text.replace(_NOTE, "") for text in told]))
+        assert alike is not None
+        difference = first_difference(self.communicator.all_gather_object(alike.texts()))
+        if difference is not None:
             raise raised_on_all_ranks(
                 RuntimeError(
-                    f"the ranks are at different places ({here}): every rank must run the same backward passes, "
-                    "no_sync() blocks and steps in the same order"
+                    f"{difference} ({place}): every rank must set the same hyper-parameters, or replicas drift apart. "
+                    "A scheduler that decides on a rank's own metric, as torch's ReduceLROnPlateau, sets others on "
+                    "each: use dpoptim.lr_scheduler.ReduceLROnPlateau, or give it opt.mean(metric)"
                 )
             )
-        return int(num_left), total_weight
 
     def _explain(self, place: str) -> list[tuple[bool, str]]:
         """Collect who has left and who is where; only after an answer that all ranks know to be an error."""
@@ -171,9 +220,11 @@ class RollCall:
 
     def _board(self, place: str, *, left: bool) -> Tensor:
         """Return the table that becomes every rank's place when it is summed: one row a rank, others' rows zero."""
-        board = torch.zeros(self.communicator.world_size, _PLACE_BYTES, dtype=torch.uint8)
+        board = torch.zeros(self.communicator.world_size, _PLACE_BYTES, dtype=torch.uint8, device="cpu")
         text = place.encode()[: _PLACE_BYTES - 1]
-        board[self.communicator.rank, : len(text) + 1] = torch.tensor([1 + left, *text], dtype=torch.uint8)
+        board[self.communicator.rank, : len(text) + 1] = torch.tensor(
+            [1 + left, *text], dtype=torch.uint8, device="cpu"
+        )
         return board
 
 
