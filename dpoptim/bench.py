@@ -82,7 +82,7 @@ def bench(seconds: float = 10) -> int:
 
 def _seconds_of_calls(communicator: Communicator, num_bytes: int, budget_s: float) -> dict[str, float]:
     """Return the seconds of a copy in memory and of each collective on a tensor of so many bytes; collective."""
-    whole = torch.ones(num_bytes // 4)
+    whole = torch.ones(num_bytes // 4, dtype=torch.float32, device="cpu")
     other = torch.empty_like(whole)
     part = torch.ones(even_counts(whole.numel(), communicator.world_size)[communicator.rank])
     actions: dict[str, Action] = {"memcpy": lambda: other.copy_(whole)}

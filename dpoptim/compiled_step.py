@@ -43,7 +43,8 @@ class CompiledStep:
             code = _step_lists.__code__.replace(co_name=f"_step_lists_{number}")
             self._compiled[number] = torch.compile(FunctionType(code, _step_lists.__globals__))
         options = {key: value for key, value in group.items() if key not in ("params", "param_names", "initial_lr")}
-        rate = torch.as_tensor(options.pop("lr"), dtype=torch.float64)
+        lr = options.pop("lr")
+        rate = lr.to(torch.float64) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
         self._compiled[number](self._body, options, rate, lists)
 
 

@@ -45,7 +45,7 @@ class LentMemory:
         own = self._memory.tensor(torch.uint8, [1], self._offset_bytes(node.rank))
         self._starts: list[int] = node.all_gather_object(own.data_ptr())  # of each area, in its rank's own process
         self._window_bytes = window_bytes
-        self._scratch = torch.empty(window_bytes, dtype=torch.uint8)
+        self._scratch = torch.empty(window_bytes, dtype=torch.uint8, device="cpu")
         self._windows: dict[tuple[Sequence[int], torch.dtype, int, int], list[list[Tensor]]] = {}
         self._views: dict[tuple[int, int, int], Tensor] = {}
 

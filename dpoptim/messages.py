@@ -202,7 +202,7 @@ class Messages:
 
     def start_sum(self, numbers: Sequence[float]) -> "PendingSum":
         """Start to sum numbers over all ranks in float64; does not block."""
-        tensor = torch.tensor(numbers, dtype=torch.float64)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return PendingSum(self.start_all_reduce(tensor), tensor)
 
     def start_all_reduce(self, tensor: Tensor) -> "Pending":

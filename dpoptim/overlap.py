@@ -138,8 +138,8 @@ def _try(communicator: Communicator) -> Trial:
 
 
 def _timed(communicator: Communicator, ways: dict[str, Communicator]) -> Trial:
-    matrix = torch.full((_WIDTH, _WIDTH), 1e-3)
-    tensor = torch.zeros(_SMALLEST_BYTES // 4)
+    matrix = torch.full((_WIDTH, _WIDTH), 1e-3, dtype=torch.float32, device="cpu")
+    tensor = torch.zeros(_SMALLEST_BYTES // 4, dtype=torch.float32, device="cpu")
 
     def exchange() -> None:
         communicator.all_reduce(tensor)
@@ -167,7 +167,7 @@ def _timed(communicator: Communicator, ways: dict[str, Communicator]) -> Trial:
     exchange()  # sets up shared memory
     (probe_s,) = seconds(exchange)
     num_bytes = int(min(_LARGEST_BYTES, max(1.0, _ENOUGH_S / max(probe_s, 1e-6)) * _SMALLEST_BYTES))
-    tensor = torch.zeros(num_bytes // 4)
+    tensor = torch.zeros(num_bytes // 4, dtype=torch.float32, device="cpu")
     compute(2)
     exchange_s, ten_s = seconds(exchange, lambda: compute(10))
     times = max(1, round(10 * exchange_s / ten_s))

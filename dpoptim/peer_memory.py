@@ -167,7 +167,7 @@ class PeerMemory:
         self._is_announced = False
         self._leaves_open = False
         self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
-        self._first, self._further = (torch.empty(_WINDOW_BYTES, dtype=torch.uint8) for _ in range(2))
+        self._first, self._further = (torch.empty(_WINDOW_BYTES, dtype=torch.uint8, device="cpu") for _ in range(2))
         self._huge_pages = HugePages()
         self._lent: LentMemory | None = None
         # What was gathered last of what is noted again and again, where that was, and how.
@@ -449,7 +449,7 @@ def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
         return "this is not Linux"
     if torch.get_num_threads() > 1:
         return "it has several threads, and reading has one"
-    found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8)
+    found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8, device="cpu")
     try:
         for pid, address, expected in places:
             _read_memory(pid, [(address, _SECRET_BYTES)], [(found.data_ptr(), _SECRET_BYTES)])

@@ -88,7 +88,7 @@ class SharedMemory:
         """Return a tensor in this memory, with a storage of its own that begins at ``offset_bytes``."""
         numel = torch.Size(shape).numel()
         if numel == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes).view(shape)
 
 

@@ -27,7 +27,15 @@ def run_hooks_around_step(kind: type[Optimizer]) -> None:
     step: Any = kind.step
     if getattr(step, "hooked", False):
         return
-    marked = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def in_place(self: Any, closure: Any = None, *args: Any, **options: Any) -> Any:
+        if closure is not None or not _is_elsewhere():
+            return step(self, closure, *args, **options)
+        with torch.device("cpu"):  # where torch makes its counters, whatever the user's default device is
+            return step(self, closure, *args, **options)
+
+    marked = Optimizer.profile_hook_step(in_place)
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **options: Any) -> Any:
@@ -36,10 +44,16 @@ def run_hooks_around_step(kind: type[Optimizer]) -> None:
         if own is None:
             return marked(self, *args, **options)
         own(self, (self, *args), options)
-        return step(self, *args, **options)
+        return in_place(self, *args, **options)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch asks for it
     kind.step = wrapper  # type: ignore[method-assign]
+
+
+def _is_elsewhere() -> bool:
+    """Whether tensors are made on another device than the CPU, unless one is named."""
+    # A default device is a mode of this kind; asking for it takes many microseconds.
+    return bool(torch._C._len_torch_function_stack()) and torch.get_default_device().type != "cpu"
 
 
 def bare_step(torch_class: type[Optimizer]) -> Callable[[Any], Any]:

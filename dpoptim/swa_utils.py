@@ -162,7 +162,7 @@ class _LayerStatistics:
 
     def flat(self) -> Tensor:
         """Return the sums as one float64 tensor on the CPU: number of values, of batches, then the features'."""
-        counts = torch.tensor([self._num_values, self._num_batches], dtype=torch.float64)
+        counts = torch.tensor([self._num_values, self._num_batches], dtype=torch.float64, device="cpu")
         return torch.cat([counts, self._sums.cpu().view(-1)])
 
     def write_back(self, total: Tensor) -> None:
@@ -174,7 +174,7 @@ class _LayerStatistics:
         for buffer, value in (
             (self._layer.running_mean, mean),
             (self._layer.running_var, var),
-            (self._layer.num_batches_tracked, torch.tensor(int(num_batches))),
+            (self._layer.num_batches_tracked, torch.tensor(int(num_batches), device="cpu")),
         ):
             if buffer is not None:
                 buffer.copy_(value)

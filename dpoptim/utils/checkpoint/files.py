@@ -125,10 +125,10 @@ class Reader:
         """Return a whole tensor in its shape, or elements ``start`` to ``stop`` of it in a 1-d one."""
         stored = self.tensors[name]
         if stop is None:
-            flat = torch.empty(stored.numel, dtype=stored.dtype)
+            flat = torch.empty(stored.numel, dtype=stored.dtype, device="cpu")
             self._read_into(flat, name, 0)
             return flat.view(stored.shape)
-        flat = torch.empty(stop - start, dtype=stored.dtype)
+        flat = torch.empty(stop - start, dtype=stored.dtype, device="cpu")
         self._read_into(flat, name, start)
         return flat
 

@@ -260,7 +260,7 @@ def _copied(sources: Sequence[Source]) -> list[Source]:
         offsets.append(total)
         total += -(-source.size_bytes // 16) * 16
     if not _host_memory or _host_memory[0].numel() < total:
-        _host_memory[:] = [torch.empty(total, dtype=torch.uint8)]
+        _host_memory[:] = [torch.empty(total, dtype=torch.uint8, device="cpu")]
     copies = []
     for source, offset in zip(sources, offsets, strict=True):
         flat = _host_memory[0][offset : offset + source.size_bytes].view(source.values.dtype)
