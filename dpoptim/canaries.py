@@ -101,9 +101,9 @@ class Canaries:
         if gradient is None or gradient.is_sparse:
             return None
         if gradient.is_contiguous():
-            return gradient.detach().view(-1)[e]
+            return gradient.data.view(-1)[e]  # whose writes no version of the gradient counts
         place = torch.unravel_index(torch.tensor(e, device="cpu"), gradient.shape)
-        return gradient.detach()[tuple(int(i) for i in place)]
+        return gradient.data[tuple(int(i) for i in place)]
 
 
 def _is_not_finite(elements: Tensor) -> Tensor:
