@@ -4,7 +4,7 @@ Note [What is compiled]
 -----------------------
 ``torch.compile(optimizer.step)`` compiles one program for all tensors of a model: minutes for hundreds, and anew when a
 parameter has no gradient. Here only the step of the lists that ``_init_group`` has filled is compiled, after small
-tensors have been put together (:mod:`dpoptim.flat_step`). torch's own ``step`` is run on a stand-in for the
+tensors have been put together (:mod:`dpoptim.step_blocks`). torch's own ``step`` is run on a stand-in for the
 optimizer, which hands over these lists. Its foreach and ``capturable`` code is taken, in which everything is a tensor
 operation; the compiler turns it into one pass over the memory. The learning rate goes in as a tensor, since a
 scheduler changes it often.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpoptim.step_hooks import bare_step
 
-__all__ = ["CompiledStep", "check_compiler"]
+__all__ = ["CompiledStep", "StandIn", "check_compiler"]
 
 
 class CompiledStep:
@@ -54,21 +54,38 @@ def _step_lists(body: Callable[[Any], Any], options: dict[str, Any], rate: Tenso
         group = {**options, "params": [], "lr": rate, "foreach": True, "capturable": True}
     else:
         group = {**options, "params": [], "lr": rate.item(), "foreach": True, "capturable": False}
-    body(_StandIn(group, lists))
+    body(StandIn([group], [lists], [False], {}))  # no complex parameters
 
 
-class _StandIn:
-    """What torch's ``step`` needs of an optimizer, with lists that are filled already."""
+class StandIn:
+    """What torch's ``step`` needs of an optimizer, with lists that are filled already.
 
-    def __init__(self, group: dict[str, Any], lists: Sequence[list[Any]]) -> None:
-        self.param_groups = [group]
-        self.state: dict[Any, Any] = {}
+    Parameters
+    ----------
+    groups : list of dict
+        The hyper-parameters of each group.
+    lists : sequence
+        What ``_init_group`` puts into its lists, of each group.
+    results : sequence
+        What it returns.
+    state : mapping
+        Where SGD puts its momentum.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lists: Sequence[Sequence[list[Any]]], results: Sequence[Any], state: Any
+    ) -> None:
+        self.param_groups = groups
+        self.state = state
         self._lists = lists
+        self._results = results
+        self._num_asked = 0
 
-    def _init_group(self, _: dict[str, Any], *lists: list[Any]) -> bool:
-        for empty, full in zip(lists, self._lists, strict=True):
+    def _init_group(self, _: dict[str, Any], *lists: list[Any]) -> Any:
+        number, self._num_asked = self._num_asked, self._num_asked + 1
+        for empty, full in zip(lists, self._lists[number], strict=True):
             empty.extend(full)
-        return False  # no complex parameters
+        return self._results[number]
 
     def _accelerator_graph_capture_health_check(self) -> None:
         """There is no CUDA graph here."""

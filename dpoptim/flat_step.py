@@ -1,370 +1,74 @@
-"""FlatStep: one optimizer's step on few flat tensors, whatever tensors the model has.
+"""FlatStep: one optimizer's step by the fastest implementation that is right for each of its tensors.
 
-A step on CPU without a fused kernel is bound by two things. Many small tensors cost a dozen calls each, of a
-microsecond or more. Large ones go through the memory a dozen times, since each call reads and writes all of them.
-Both end when the same elementwise operations run on blocks of a size that fits a cache: small tensors are put
-together into blocks, large ones are cut into blocks.
-
-Note [How the step is made flat]
---------------------------------
 torch's optimizers make a step of a group in two parts: ``_init_group`` puts parameters, gradients and state into
-lists, then a function steps the lists. Between the two, :meth:`FlatStep.condense` replaces the tensors in the lists by
-blocks; after the step the parameters are copied back. So the arithmetic is torch's own, and every
-element meets the same operations: the result is the same bits as without blocks. What a step skips (parameters without
-a gradient), it skips before, in ``_init_group``.
-
-Note [State in blocks]
-----------------------
-Parameters and gradients are copied into a block and parameters out of it, at every step: they are the user's, who may
-write to them, move them, or share their memory. State is the optimizer's: when the same parameters are stepped
-together a second time, their entries in ``optimizer.state`` become views of the block, and need no copies any more.
-A view is like any tensor for those who read, write, save or copy it. Each step compares the entries with the views
-by identity and address; whatever is not a view any more (a loaded state, an entry that was replaced) is copied into
-the block and becomes one again. So nothing is held that could be out of date: blocks are memory to work in, and the
-truth is in ``param_groups`` and ``optimizer.state``.
-
-Numbers of a parameter (``step``; ``eta``, ``mu``, ``mu_product``) must be equal throughout a block, which steps one.
-They are compared at each step, and parameters are divided among blocks anew when they are not.
+lists, then a function steps the lists. Here the lists of all groups are made first, which skips what a step skips
+(parameters without a gradient). Then a plan says what steps what (:mod:`dpoptim.step_plan`). It is kept, and compared
+at each step with what it was made for: nothing is held that could be out of date.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import is_
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from dpoptim.compiled_step import CompiledStep
-from dpoptim.partition import group_by_size
+from dpoptim.implementations import Implementations
+from dpoptim.step_plan import Found, Plan
 
 __all__ = ["FlatStep"]
 
-# Elements that small tensors fill at most together, and of the parts of a large one. So many that the calls hardly
-# count, so few that a part, its gradient, its state and what is computed on the way stay in a cache: of the powers of 2
-# from 2^13 to 2^19 the best with one thread (measured by the benchmark in docs/performance.md).
-_TOGETHER_NUMEL = 1 << 17
-_PART_NUMEL = 1 << 18
-# torch gives a thread no less than 2^15 elements.
-_NUMEL_PER_THREAD = 1 << 16
-
-# The lists of one group's step: parameters, gradients, and one or more of state, each of one tensor a parameter.
-Lists = Sequence[list[Any]]
+# Where all is left to torch, so many steps are torch's before it is looked at again.
+_NUM_RESTED = 15
 
 
 class FlatStep:
-    """Makes the steps of one optimizer object flat; see the notes of this module. Local, on CPU.
+    """Makes the steps of one optimizer object; see the notes of this module. Local.
 
     Attributes
     ----------
     compiled : CompiledStep or None
         What steps the blocks instead of torch's loop.
-    is_open : bool
-        Whether a step is being made, within :meth:`opened`: blocks are brought back at its end.
     """
 
     def __init__(self) -> None:
         self.compiled: CompiledStep | None = None
-        self.is_open = False
-        self._plans: dict[int, _Plan] = {}
-        self._stepped: list[_Plan] = []
+        self._plan: Plan | None = None
+        self._num_to_rest = 0
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer) -> "FlatStep":
         """Return the object of this optimizer, which lives as long as that one."""
-        if optimizer not in _flat_steps:
-            _flat_steps[optimizer] = FlatStep()
-        return _flat_steps[optimizer]
+        found = _flat_steps.get(optimizer)
+        if found is None:
+            found = _flat_steps[optimizer] = FlatStep()
+        return found
 
     def compile(self, torch_class: type[torch.optim.Optimizer]) -> None:
         """Step with the compiled step of this class from now on."""
         self.compiled = CompiledStep(torch_class)
-        self._plans.clear()
+        self._plan = None
 
-    @contextlib.contextmanager
-    def opened(self, state: Any) -> Iterator[None]:
-        """Make a step within; bring what it has changed in blocks to the parameters, also when it fails half-way."""
-        self.is_open = True
-        try:
-            yield
-        finally:
-            self.is_open = False
-            stepped, self._stepped = self._stepped, []
-            with torch.no_grad():
-                for plan in stepped:
-                    plan.store(state)
+    def step(self, optimizer: torch.optim.Optimizer, how: Implementations) -> None:
+        """Step all groups with the gradients as they are; gradients must be disabled.
 
-    def condense(self, group: int, state: Any, lists: Lists, *, flat_below: int, cut_large: bool) -> None:
-        """Replace the tensors of one group in ``lists`` by blocks.
-
-        Parameters
-        ----------
-        group : int
-            The number of the group.
-        state : mapping
-            The optimizer's ``state``, whose entries may become views of blocks.
-        lists : sequence of list
-            What ``_init_group`` has filled: parameters, gradients, then state; an empty list is one that this
-            optimizer does not use now. All gradients are dense.
-        flat_below : int
-            Parameters with fewer elements are put together into blocks.
-        cut_large : bool
-            Whether parameters that are larger than a block are cut: right for a step of many operations, useless for
-            a fused one.
+        If the lists of a group can't be made, the groups before it are stepped all the same, as torch does.
         """
-        used = [entries for entries in lists if entries]
-        if not used:
+        if self._num_to_rest:
+            self._num_to_rest -= 1
+            how.body(optimizer)
             return
-        cut_above = max(_PART_NUMEL, _NUMEL_PER_THREAD * torch.get_num_threads()) if cut_large else None
-        plan = self._plans.get(group)
-        if plan is None or not plan.fits(used) or not plan.load(used, state):
-            plan = self._plans[group] = _Plan(used, flat_below=flat_below, cut_above=cut_above)
-            loaded = plan.load(used, state)
-            assert loaded
-        self._stepped.append(plan)
-        plan.replace(used)
+        found = Found(optimizer, how)
+        if found.groups:
+            plan = self._plan
+            if plan is None or not plan.fits(found):
+                plan = self._plan = Plan(found, how, optimizer.state, self.compiled)
+                fits = plan.take(found)
+                assert fits
+            plan.step(found, optimizer.state)
+            if not plan.calls:
+                self._num_to_rest = _NUM_RESTED
+        if found.error is not None:
+            raise found.error
 
 
 # Not an attribute of the optimizer: a copy of its __dict__ must not share the blocks.
 _flat_steps: WeakKeyDictionary[torch.optim.Optimizer, FlatStep] = WeakKeyDictionary()
-
-
-class _Plan:
-    """How the tensors of one group are divided: into blocks, tensors to cut, and the others, stepped as they are."""
-
-    def __init__(self, lists: Lists, *, flat_below: int, cut_above: int | None) -> None:
-        self._lengths = [len(entries) for entries in lists]
-        self._parameters: list[Tensor] = list(lists[0])
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self._dtypes = [gradient.dtype for gradient in lists[1]]
-        # SGD has no momentum before the first step: it needs another plan afterwards.
-        self._is_provisional = any(entry is None for entries in lists for entry in entries)
-        self._num_loads = 0
-        self._cuts: list[_Cut] = []
-        small: dict[Any, list[int]] = {}
-        whole: list[int] = []
-        for index, parameter in enumerate(self._parameters):
-            entries = [entries[index] for entries in lists]
-            if not _is_plain(entries):
-                whole.append(index)
-            elif parameter.numel() < flat_below:
-                kinds = tuple((entry.dtype, entry.item() if entry.dim() == 0 else None) for entry in entries[2:])
-                small.setdefault((parameter.dtype, entries[1].dtype, kinds), []).append(index)
-            elif cut_above is not None and parameter.numel() > cut_above:
-                self._cuts.append(_Cut(index, cut_above))
-            else:
-                whole.append(index)
-        self._blocks: list[_Block] = []
-        for indices in small.values():
-            sizes_bytes = [self._parameters[index].nbytes for index in indices]
-            for run in group_by_size(sizes_bytes, _TOGETHER_NUMEL * self._parameters[indices[0]].itemsize):
-                members = [indices[place] for place in run]
-                if len(members) > 1:
-                    self._blocks.append(_Block(members, lists))
-                else:
-                    whole += members
-        self._whole = sorted(whole)
-
-    def fits(self, lists: Lists) -> bool:
-        """Whether this plan was made for the same parameters, at the same addresses."""
-        return (
-            not self._is_provisional
-            and [len(entries) for entries in lists] == self._lengths
-            and all(map(is_, lists[0], self._parameters))
-            and [parameter.data_ptr() for parameter in lists[0]] == self._addresses
-            and [gradient.dtype for gradient in lists[1]] == self._dtypes
-        )
-
-    def load(self, lists: Lists, state: Any) -> bool:
-        """Copy into the blocks what is not there already; return False if the state no longer fits the plan."""
-        self._num_loads += 1
-        move_in = self._num_loads > 1  # Note [State in blocks]
-        if not all(block.takes(lists) for block in self._blocks):
-            return False
-        for block in self._blocks:
-            block.load(lists, state if move_in else None)
-        return True
-
-    def replace(self, lists: Lists) -> None:
-        """Put blocks and cut tensors into the lists, instead of what they stand for."""
-        pieces: list[list[Any]] = [[entries[index] for index in self._whole] for entries in lists]
-        for block in self._blocks:
-            for entries, flat in zip(pieces, block.flat, strict=True):
-                entries.append(flat)
-        for cut in self._cuts:
-            for entries, parts in zip(pieces, cut.parts(lists), strict=True):
-                entries.extend(parts)
-        for entries, new in zip(lists, pieces, strict=True):
-            entries[:] = new
-
-    def store(self, state: Any) -> None:
-        """Copy out of the blocks what the step has changed."""
-        for block in self._blocks:
-            block.store()
-            state.pop(block.flat[0], None)  # SGD stores its momentum with what it has stepped
-        for cut in self._cuts:
-            for part in cut.store():
-                state.pop(part, None)
-
-
-class _Block:
-    """Small tensors put together: for each list one flat tensor, and the views of it that stand for the entries."""
-
-    def __init__(self, members: Sequence[int], lists: Lists) -> None:
-        self._members = members
-        self._entries: list[_Entries] = []
-        self.flat: list[Tensor] = []  # what is stepped
-        for entries in lists:
-            first = [entries[index] for index in members]
-            self._entries.append(_Entries(first))
-            flat = self._entries[-1].flat
-            # A number is stepped in a tensor of its own, once for all members.
-            self.flat.append(torch.empty_like(first[0]) if first[0].dim() == 0 else flat)
-        self._to_store: list[Callable[[], None]] = []
-
-    def takes(self, lists: Lists) -> bool:
-        """Whether the members' state still is of one kind; changes nothing outside of the block."""
-        for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
-            theirs = [entries[index] for index in self._members]
-            if not mine.are_in_place():
-                return False
-            if not mine.are(theirs):
-                if not mine.match(theirs):
-                    return False
-                if stepped is not mine.flat:
-                    mine.copy_in(theirs)
-            if stepped is not mine.flat:
-                number = mine.flat[0]
-                if not torch.equal(mine.flat, number.expand_as(mine.flat)):
-                    return False
-                stepped.copy_(number)
-        return True
-
-    def load(self, lists: Lists, state: Any) -> None:
-        """Copy into the block what is not there already, and give the state of its members to it."""
-        self._to_store.clear()
-        parameters = [lists[0][index] for index in self._members]
-        self._entries[0].copy_in(parameters)
-        self._entries[1].copy_in([lists[1][index] for index in self._members])
-        for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
-            theirs = [entries[index] for index in self._members]
-            if mine.are(theirs):
-                continue
-            if stepped is mine.flat:
-                mine.copy_in(theirs)
-            if state is None or not mine.move_in(theirs, [state[parameter] for parameter in parameters]):
-                self._to_store.append(_CopyOut(mine, theirs))
-        self._to_store.append(_CopyOut(self._entries[0], parameters))
-
-    def store(self) -> None:
-        for mine, stepped in zip(self._entries, self.flat, strict=True):
-            if stepped is not mine.flat:
-                mine.flat.fill_(stepped)
-        for copy_out in self._to_store:
-            copy_out()
-        self._to_store.clear()
-
-
-class _Entries:
-    """One flat tensor, and views of it in the shapes of a list's entries."""
-
-    def __init__(self, first: Sequence[Tensor]) -> None:
-        self.flat = torch.empty(sum(entry.numel() for entry in first), dtype=first[0].dtype, device=first[0].device)
-        parts = self.flat.split([entry.numel() for entry in first])
-        self.views = [part.view(entry.shape) for part, entry in zip(parts, first, strict=True)]
-        self._addresses = [view.data_ptr() for view in self.views]
-
-    def are_in_place(self) -> bool:
-        """Whether the views are still where they were made: nobody has given one of them other memory."""
-        return [view.data_ptr() for view in self.views] == self._addresses
-
-    def are(self, others: Sequence[Tensor]) -> bool:
-        """Whether these are the views."""
-        return all(map(is_, others, self.views))
-
-    def match(self, others: Sequence[Tensor]) -> bool:
-        return all(
-            other.dtype == view.dtype and other.shape == view.shape and other.device == view.device
-            for other, view in zip(others, self.views, strict=True)
-        )
-
-    def copy_in(self, others: list[Tensor]) -> None:
-        torch._foreach_copy_(self.views, others)
-
-    def move_in(self, others: Sequence[Tensor], states: Iterable[dict[str, Any]]) -> bool:
-        """Put the views into the optimizer's state in place of these; return False if one of them is not there."""
-        places = []
-        for other, entry in zip(others, states, strict=True):
-            key = next((key for key, value in entry.items() if value is other), None)
-            if key is None:
-                return False
-            places.append((entry, key))
-        for (entry, key), view in zip(places, self.views, strict=True):
-            entry[key] = view
-        return True
-
-
-@dataclass(frozen=True)
-class _CopyOut:
-    """Copies from a block to the tensors that it stands for."""
-
-    block: _Entries
-    others: list[Tensor]
-
-    def __call__(self) -> None:
-        torch._foreach_copy_(self.others, self.block.views)
-
-
-class _Cut:
-    """A large parameter cut into parts, which are views of it, of its gradient and of its state."""
-
-    def __init__(self, index: int, numel: int) -> None:
-        self._index = index
-        self._numel = numel
-        self._numbers: list[tuple[Tensor, Tensor]] = []
-        self._parameters: Sequence[Tensor] = ()
-
-    def parts(self, lists: Lists) -> list[Sequence[Tensor]]:
-        self._numbers.clear()
-        wholes = [entries[self._index] for entries in lists]
-        if not _is_plain(wholes):  # any more
-            return [[whole] for whole in wholes]
-        self._parameters = wholes[0].detach().view(-1).split(self._numel)
-        parts: list[Sequence[Tensor]] = [self._parameters]
-        for whole in wholes[1:]:
-            if whole.dim() == 0:  # each part counts for itself
-                numbers = whole.repeat(len(self._parameters)).unbind()
-                self._numbers.append((whole, numbers[0]))
-                parts.append(numbers)
-            else:
-                parts.append(whole.detach().view(-1).split(self._numel))
-        return parts
-
-    def store(self) -> Sequence[Tensor]:
-        """Take over the numbers; return the parts that were stepped."""
-        for whole, stepped in self._numbers:
-            whole.copy_(stepped)
-        self._numbers.clear()
-        parameters, self._parameters = self._parameters, ()
-        return parameters
-
-
-def _is_plain(entries: Sequence[Any]) -> bool:
-    """Whether a parameter, its gradient and its state are numbers and dense real arrays in one order on CPU."""
-    parameter = entries[0]
-    if parameter.dim() == 0 or not parameter.is_floating_point() or type(parameter) not in _PLAIN_TYPES:
-        return False
-    arrays = [entry for entry in entries if not (isinstance(entry, Tensor) and entry.dim() == 0)]
-    return all(
-        isinstance(entry, Tensor)
-        and entry.device.type == "cpu"
-        and entry.layout == torch.strided
-        and entry.is_contiguous()
-        and entry.shape == parameter.shape
-        for entry in arrays
-    )
-
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -3,32 +3,29 @@
 torch implements a step up to three times: *fused* (one kernel for all parameters), *foreach* (one kernel for each
 operation on all parameters) and a loop over parameters. On CPU it takes the loop unless told otherwise, at 4 to 7
 times the time of the fused step. The classes here are subclasses of torch's, with the same arguments, state and
-``state_dict``; they differ only where the caller names neither ``fused`` nor ``foreach``.
+``state_dict``; they differ only where the caller names neither ``fused`` nor ``foreach``, and give the same as torch's
+default then, to rounding.
 
 Note [Choosing the implementation]
 ----------------------------------
-:data:`CHOICES` says what is fastest on each device; it was measured (``benchmarks/optimizers.py``). Where torch has a
-fused kernel that is right for the device and dtype of every parameter it is fused, and small tensors are stepped
-together (:mod:`dpoptim.flat_step`). Where it has none, the step on CPU is *flat*: the loop over few blocks of a size
-that fits the cache, with the same bits as the loop over parameters. Elsewhere it is foreach. None supports
-``differentiable``; fused takes no tensor ``betas``, and foreach takes a tensor ``lr`` only if ``capturable``. A sparse
-gradient, known only when it comes, needs the loop: the group falls back then. A loaded ``state_dict`` whose groups name
-none (torch saves ``None``) is chosen for again. A group that names ``foreach`` or ``fused=False`` is stepped by torch
-alone.
+:data:`CHOICES` says what is fastest on CPU; it was measured (``benchmarks/optimizers.py``). Where torch has a fused
+kernel it is fused, and small tensors are stepped together (:mod:`dpoptim.step_blocks`). Where it has none, the step is
+*flat*: the loop over few blocks of a size that fits the cache, with the same bits as the loop over parameters. On
+another device it is fused where torch can, else torch's default. The choice is made for each parameter at each step,
+since it may be wrong for some (:mod:`dpoptim.implementations`); ``param_groups`` keep no mark of it. A group that names
+``fused``, ``foreach``, ``differentiable`` or ``capturable`` is stepped by torch alone.
 """
 
-import inspect
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices, _get_fused_kernels_supported_devices
 
 from dpoptim.compiled_step import check_compiler
 from dpoptim.flat_step import FlatStep
+from dpoptim.implementations import Choice, Implementations
 from dpoptim.reducer import is_reduced
 
 if TYPE_CHECKING:
@@ -71,33 +68,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The fastest implementation of an optimizer on a kind of device.
-
-    Attributes
-    ----------
-    kind : str
-        ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``.
-    flat_below : int
-        If fused or flat, parameters with fewer elements are stepped together; see :mod:`dpoptim.flat_step`.
-    cut_large : bool
-        If flat, whether large parameters are stepped in parts.
-    foreach_below : int, optional
-        If foreach, only for groups whose parameters have fewer elements in the mean; the loop for others.
-    """
-
-    kind: str
-    flat_below: int = 0
-    cut_large: bool = False
-    foreach_below: int | None = None
-
-
 _FUSED_FLAT = Choice("fused", flat_below=512)
 _FLAT = Choice("flat", flat_below=4096, cut_large=True)
 _LOOP = Choice("for-loop")
 
-# Measured with benchmarks/optimizers.py; on a device that is not here: fused, else foreach, else the loop.
+# Measured with benchmarks/optimizers.py; on a device that is not here: fused, else torch's default.
 CHOICES: dict[str, dict[str, Choice]] = {
     "cpu": {
         "SGD": Choice("fused"),  # a step without momentum costs less than the copies
@@ -120,7 +95,10 @@ CHOICES: dict[str, dict[str, Choice]] = {
 
 
 def implementation(optimizer: torch.optim.Optimizer, group: int = 0) -> str:
-    """Say how a parameter group is stepped: ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``."""
+    """Say how a parameter group is stepped: ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``.
+
+    Of a group that leaves the choice to dpoptim, what most of its parameters get, if their gradients are dense.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # a DataParallelOptimizer steps as what it wraps
     options = optimizer.param_groups[group]
     if options.get("fused"):
@@ -128,9 +106,19 @@ def implementation(optimizer: torch.optim.Optimizer, group: int = 0) -> str:
     if options.get("foreach"):
         return "foreach"
     our_class = _our_class(optimizer)
-    if our_class is not None and _is_flat(our_class.__name__, options):
-        return "flat"
-    return "for-loop"
+    how = None if our_class is None else _HOW.get(our_class)
+    parameters: list[Tensor] = options["params"]
+    ways: list[str | None] = [None]
+    if how is not None and parameters and how.are_free(options):
+        ways = [how.way(parameter, options["lr"]) for parameter in parameters]
+        limit = how.choice.foreach_below
+        if limit is not None and sum(map(Tensor.numel, parameters)) >= limit * len(parameters):
+            ways = [None if way == "foreach" else way for way in ways]
+    way = max(ways, key=ways.count)
+    if way is None and options.get("foreach", False) is None:  # torch's own default
+        devices = _get_foreach_kernels_supported_devices()
+        return "foreach" if all(parameter.device.type in devices for parameter in parameters) else "for-loop"
+    return way or "for-loop"
 
 
 def compile_step(optimizer: torch.optim.Optimizer) -> None:
@@ -169,71 +157,9 @@ def compile_step(optimizer: torch.optim.Optimizer) -> None:
     FlatStep.of(optimizer).compile(our_class.__bases__[0])
 
 
-def _choose(name: str, options: dict[str, Any], accepted: Container[str], fused_devices: Container[str]) -> bool:
-    """Choose for a parameter group that names neither; return whether fused was chosen now."""
-    if options.get("fused") is not None or options.get("foreach") is not None or options.get("differentiable"):
-        return False
-    if _is_flat(name, options):
-        return False
-    parameters: list[Tensor] = options["params"]
-    tensor_betas = any(isinstance(beta, Tensor) for beta in options.get("betas", ()))
-    tensor_options = tensor_betas or isinstance(options["lr"], Tensor)
-    if (
-        "fused" in accepted
-        and not tensor_betas
-        and all(p.device.type in fused_devices and p.is_floating_point() for p in parameters)
-        and not any((p.device.type, p.dtype) in _WRONG_FUSED_KERNEL.get(name, ()) for p in parameters)
-    ):
-        options["fused"] = True
-        return True
-    if "foreach" not in accepted or (tensor_options and not options.get("capturable")):
-        return False
-    limit = CHOICES["cpu"][name].foreach_below
-    if limit is None or any(p.device.type != "cpu" for p in parameters) or _mean_numel(parameters) < limit:
-        options["foreach"] = True
-    return False
-
-
-def _mean_numel(parameters: Sequence[Tensor]) -> float:
-    return sum(parameter.numel() for parameter in parameters) / max(1, len(parameters))
-
-
-def _is_flat(name: str, options: dict[str, Any]) -> bool:
-    """Whether a group is stepped flat: none is named, real parameters on CPU."""
-    return _may_be_flat(name, options) and all(
-        p.device.type == "cpu" and p.is_floating_point() for p in options["params"]
-    )
-
-
-def _may_be_flat(name: str, options: dict[str, Any]) -> bool:
-    if any(options.get(key) for key in ("differentiable", "capturable")) or options.get("foreach") is not None:
-        return False
-    return CHOICES["cpu"][name].kind == "flat"
-
-
 def _our_class(optimizer: object) -> type[torch.optim.Optimizer] | None:
     """Return the class of this module that an optimizer is of, also if it is of a user's subclass."""
     return next((kind for kind in type(optimizer).__mro__ if kind in _OURS), None)
-
-
-def _align(state: Any, lists: Sequence[list[Any]]) -> None:
-    """Give gradients and state the memory layout of their parameter, which torch's fused kernels take for granted.
-
-    They step element by element in memory, whatever the strides (seen with torch 2.13 on CPU): a contiguous gradient
-    of a channels-last parameter would be applied to other elements.
-    """
-    arrays = [entries for entries in lists if any(isinstance(entry, Tensor) and entry.dim() for entry in entries)]
-    if all(map(Tensor.is_contiguous, [entry for entry in chain.from_iterable(arrays) if entry is not None])):
-        return
-    for index, parameter in enumerate(lists[0]):
-        for place, entries in enumerate(arrays[1:], 1):
-            entry = entries[index]
-            if entry is None or entry.is_sparse or entry.stride() == parameter.stride():
-                continue
-            entries[index] = aligned = torch.empty_like(parameter, dtype=entry.dtype).copy_(entry)
-            if place > 1:
-                kept = state[parameter]
-                kept[next(key for key, value in kept.items() if value is entry)] = aligned
 
 
 def _begin_adagrad(optimizer: Any, group: dict[str, Any]) -> None:
@@ -250,94 +176,58 @@ def _begin_adagrad(optimizer: Any, group: dict[str, Any]) -> None:
         }
 
 
-def _condense(name: str, optimizer: Any, group: dict[str, Any], lists: tuple[list[Any], ...]) -> None:
-    """Put what ``_init_group`` has collected for one group into blocks, where that is faster."""
-    if torch.compiler.is_compiling() or any(gradient.is_sparse for gradient in lists[1]):
-        return
-    choice = CHOICES["cpu"][name]
-    if group.get("fused"):
-        # A GradScaler lets the fused kernel unscale p.grad itself.
-        scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
-        if choice.kind != "fused" or not choice.flat_below or scaled:
-            return
-    elif not _may_be_flat(name, group):
-        return
-    number = next(number for number, other in enumerate(optimizer.param_groups) if other is group)
-    flat = FlatStep.of(optimizer)
-    if not flat.is_open:
-        return  # torch's step was called past ours
-    compiled = None if group.get("fused") else flat.compiled
-    cut_large = choice.cut_large and compiled is None
-    flat.condense(number, optimizer.state, lists, flat_below=choice.flat_below, cut_large=cut_large)
-    if compiled is not None and lists[0]:
-        compiled(number, group, [list(entries) for entries in lists])
-        for entries in lists:  # nothing is left for torch to step
-            entries.clear()
-
-
 def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Derive a class that differs from torch's in the choice of implementation alone."""
     name = torch_class.__name__
-    accepted = inspect.signature(torch_class.__init__).parameters.keys() & {"fused", "foreach"}
+    # As torch's AdamW is an Adam, so is ours.
+    ours = [kind for kind in reversed(_OURS) if issubclass(torch_class, kind.__mro__[1])][:1]
+    members: dict[str, Any] = {"__doc__": torch_class.__doc__, "__module__": __name__}
+    if CHOICES["cpu"][name].kind == "for-loop":
+        return type(name, (torch_class, *ours), members)
     fused_devices = set(_get_fused_kernels_supported_devices()) - _NO_FUSED_KERNEL.get(name, set())
+    how = Implementations(torch_class, lambda: CHOICES["cpu"][name], fused_devices)
     torch_step = torch_class.step
     if getattr(torch_step, "hooked", False):  # by an instance made before: the hooks are those of this class, once
         torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
 
-    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
-        torch_class.add_param_group(self, param_group)
-        if _choose(name, self.param_groups[-1], accepted, fused_devices):
-            self._need_device_dtype_check_for_fused = True
-
-    def set_state(self: Any, state: dict[str, Any]) -> None:
-        torch_class.__setstate__(self, state)
-        for options in self.param_groups:
-            if not _choose(name, options, accepted, fused_devices):
-                continue
-            for parameter in options["params"]:
-                entry = self.state.get(parameter, {})
-                if "step" in entry:  # the fused kernels want it in float32 beside the parameter
-                    entry["step"] = entry["step"].to(parameter.device, torch.float32)
-
     def init_group(self: Any, group: dict[str, Any], *lists: list[Any]) -> Any:
-        if (
-            name in _LOOP_TAKES_SPARSE
-            and group.get("fused")
-            and any(p.grad is not None and p.grad.is_sparse for p in group["params"])
-        ):
-            group["fused"] = False
-        if name == "Adagrad":
-            _begin_adagrad(self, group)
-        found = torch_class._init_group(self, group, *lists)  # type: ignore[attr-defined]
-        if group.get("fused"):
-            _align(self.state, lists)
-        _condense(name, self, group, lists)
-        return found
+        _begin_adagrad(self, group)
+        return torch_class._init_group(self, group, *lists)  # type: ignore[attr-defined]
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        if torch.compiler.is_compiling():  # by the user, the whole of it
+        if torch.compiler.is_compiling() or not _is_ours_to_step(self, how):
             return torch_step(self, closure)
-        with FlatStep.of(self).opened(self.state):
-            return torch_step(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            FlatStep.of(self).step(self, how)
+        return loss
 
     step.__doc__ = torch_class.step.__doc__
-    members: dict[str, Any] = {"__doc__": torch_class.__doc__, "__module__": __name__}
-    if accepted:
-        members |= {"add_param_group": add_param_group, "__setstate__": set_state}
-    if CHOICES["cpu"][name].kind == "flat" or CHOICES["cpu"][name].flat_below:
-        members |= {"_init_group": init_group, "step": step}
-    elif name in _LOOP_TAKES_SPARSE:
+    members["step"] = step
+    if name == "Adagrad":
         members["_init_group"] = init_group
-    return type(name, (torch_class,), members)
+    kind = type(name, (torch_class, *ours), members)
+    _HOW[kind] = how
+    return kind
+
+
+def _is_ours_to_step(optimizer: Any, how: Implementations) -> bool:
+    """Whether there is anything to choose, and no ``GradScaler`` that lets a kernel unscale the gradients."""
+    return (
+        getattr(optimizer, "grad_scale", None) is None
+        and getattr(optimizer, "found_inf", None) is None
+        and not optimizer.defaults.get("differentiable")
+        and any(map(how.are_free, optimizer.param_groups))
+    )
 
 
 # Devices on which torch has fused kernels, but not of this optimizer.
 _NO_FUSED_KERNEL = {"Adagrad": {"cuda"}}
-# Kernels that leave most elements as they are and write uninitialised memory to the momentum (pytorch#191763).
-_WRONG_FUSED_KERNEL = {"SGD": {("cpu", torch.bfloat16), ("cpu", torch.float16)}}
-# Of the optimizers with a fused kernel, those whose loop takes sparse gradients.
-_LOOP_TAKES_SPARSE = ("SGD", "Adagrad")
 _OURS: list[type[torch.optim.Optimizer]] = []
+_HOW: dict[type[torch.optim.Optimizer], Implementations] = {}
 
 if not TYPE_CHECKING:
     for _name in __all__[:-2]:
