@@ -10,7 +10,7 @@ from torch import Tensor
 from dpoptim.gradient_home import Home, is_large
 from dpoptim.partition import pieces_within, start_offsets
 
-__all__ = ["Bucket", "Division"]
+__all__ = ["Bucket", "Division", "gradient_dtype"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Division:
     def stop(self) -> int:
         """Where this rank's part ends."""
         return self.start + self.counts[self.number]
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's gradient: its own, unless another one was set (``Tensor.grad_dtype``)."""
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", None)  # new in torch 2.10
+    return parameter.dtype if dtype is None else dtype
 
 
 class Bucket:
@@ -76,7 +82,7 @@ class Bucket:
 
     def __init__(self, indices: Sequence[int], parameters: Sequence[Tensor], division: Division | None = None) -> None:
         self.indices = tuple(indices)
-        self.dtype, self.device = parameters[0].dtype, parameters[0].device
+        self.dtype, self.device = gradient_dtype(parameters[0]), parameters[0].device
         self.num_pending = len(self.indices)
         self.flat = self._nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         self.scale = 1.0

@@ -28,8 +28,10 @@ from dpoptim.divisibility import divisibility, is_known
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.inner_step import InnerStep, needs_closure
 from dpoptim.node_shared import NodeShared
+from dpoptim.preconditions import memory_error
 from dpoptim.sharded_step import Outputs, Part, ShardedStep, State
 from dpoptim.sharding import Sharding
+from dpoptim.signature import parameter_names
 from dpoptim.step_numbers import agree_on_numbers
 from dpoptim.utils.state_dict import Form, Slices, groups_of, is_slice, shard, to_named
 
@@ -54,10 +56,16 @@ def divided(
     topology = communicator.topology
     if not (shard or (node_shared and topology.num_nodes < communicator.world_size)) or communicator.world_size == 1:
         return None
+    name = type(optimizer).__name__
     by, why_not = _found_divisibility(optimizer, communicator)
     if by == "nothing":
-        name = type(optimizer).__name__
         warnings.warn(f"{name} can't be divided among ranks, since it {why_not}: it stays replicated", stacklevel=3)
+        return None
+    mine = memory_error(parameters, parameter_names(optimizer.param_groups, None))
+    errors = communicator.all_gather_object(None if mine is None else str(mine))
+    if any(errors):
+        why = next(error for error in errors if error)
+        warnings.warn(f"{name} can't be divided among ranks, since {why}: it stays replicated", stacklevel=3)
         return None
     memory = None
     if node_shared:

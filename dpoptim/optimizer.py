@@ -31,6 +31,7 @@ from dpoptim.preconditions import (
     check_one_group,
     check_same_parameters,
     division_error,
+    memory_error,
     naming_gradients,
 )
 from dpoptim.reducer import Reducer
@@ -339,6 +340,8 @@ class DataParallelOptimizer(Optimizer):
             error = caught
         if error is None:
             error = already_reduced(param_group["params"])
+            if error is None and self._divided is not None:
+                error = memory_error(self._parameters(), self._names())
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpoptim.bucket import gradient_dtype
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.implementations import sharing_memory
 from dpoptim.inner_step import needs_closure
 from dpoptim.reducer import is_reduced
 from dpoptim.sharded_step import NUMBERS
@@ -27,6 +29,7 @@ __all__ = [
     "check_one_group",
     "check_same_parameters",
     "division_error",
+    "memory_error",
     "naming_gradients",
 ]
 
@@ -103,6 +106,22 @@ def already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
                 f"parameter {index} of shape {tuple(parameter.shape)} belongs to another DataParallelOptimizer: "
                 "detach() that one first"
             )
+    return None
+
+
+def memory_error(parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
+    """Return an error if parameters can't be divided among ranks for where they, or their gradients, lie. Local."""
+    seen: dict[int, str] = {}
+    for parameter, name in zip(parameters, names, strict=True):
+        if id(parameter) in seen:
+            return ValueError(f"parameters '{seen[id(parameter)]}' and '{name}' are one")
+        seen[id(parameter)] = name
+        if gradient_dtype(parameter) != parameter.dtype:
+            dtypes = f"{parameter.dtype}, but its gradient is kept in {gradient_dtype(parameter)}"
+            return ValueError(f"parameter '{name}' is {dtypes}")
+    shared = sorted(sharing_memory([parameters]))
+    if shared:
+        return ValueError(f"parameters {', '.join(repr(names[index]) for index in shared)} share memory")
     return None
 
 

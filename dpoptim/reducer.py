@@ -42,7 +42,7 @@ from torch._C import _current_autograd_node, _current_graph_task_id
 from torch.autograd import Variable
 
 from dpoptim.backward_passes import common
-from dpoptim.bucket import Bucket
+from dpoptim.bucket import Bucket, gradient_dtype
 from dpoptim.comm_hooks import CommHook
 from dpoptim.communicator import Communicator, Work
 from dpoptim.errors import raised_on_all_ranks
@@ -677,7 +677,7 @@ class Reducer:
             if is_large(parameter) and not (have_homes and parameter.device.type == "cpu"):
                 groups.append([index])  # copying it into and out of a bucket is more than one message
             else:
-                together.setdefault((parameter.dtype, parameter.device), []).append(index)
+                together.setdefault((gradient_dtype(parameter), parameter.device), []).append(index)
         for indices in together.values():
             sizes_bytes = [self._parameters[index].nbytes for index in indices]
             groups += [[indices[i] for i in group] for group in group_by_size(sizes_bytes, self._bucket_bytes)]

@@ -91,6 +91,7 @@ class _Key:
     uses: tuple[bool, ...]
     way: str
     is_first: bool  # some of the state is made by this step
+    dtype: torch.dtype | None  # if foreach
 
 
 class Plan:
@@ -125,6 +126,11 @@ class Plan:
         left: list[int] = []
         shared = sharing_memory([found.lists[0], *found.lists[2:]])
         is_free = [how.are_free(group) for group in found.groups]
+        if how.choice.kind == "foreach":  # Adafactor's loop takes the epsilon of a group's first parameter for all
+            dtypes: dict[int, set[torch.dtype]] = {}
+            for number, parameter in zip(self._number_of, found.lists[0], strict=True):
+                dtypes.setdefault(number, set()).add(parameter.dtype)
+            is_free = [free and len(dtypes[number]) == 1 for number, free in enumerate(is_free)]
         for index, number in enumerate(self._number_of):
             uses, rate = found.uses[number], found.groups[number]["lr"]
             entries = [entries[index] for entries, used in zip(found.lists, uses, strict=True) if used]
@@ -135,7 +141,9 @@ class Plan:
             if entries[0].device.type != "cpu":
                 _bring_numbers(found.lists[2:], index, state[entries[0]], entries[0].device)
             is_first = way != "foreach" and any(entry is None for entry in entries)
-            members.setdefault(_Key(self._values.exact[number], uses, way, is_first), []).append(index)
+            dtype = entries[0].dtype if way == "foreach" else None
+            key = _Key(self._values.exact[number], uses, way, is_first, dtype)
+            members.setdefault(key, []).append(index)
         # What has no momentum yet has some next time.
         self._is_kept = self._facts is not None and not any(key.is_first for key in members)
         self.calls: list[_Call] = []
