@@ -14,7 +14,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import is_
 from typing import Any
 
@@ -87,8 +86,6 @@ def _found_divisibility(optimizer: Optimizer, communicator: Communicator) -> tup
     """Return by what an optimizer may be divided, and why not at all, as rank 0 has found; collective for some."""
     if needs_closure(optimizer):
         return "nothing", "needs a closure"
-    if _share_memory(optimizer):
-        return "nothing", "has parameters that share memory, or one parameter twice"
     if is_known(type(optimizer)):
         found = divisibility(optimizer)
     else:
@@ -99,28 +96,6 @@ def _found_divisibility(optimizer: Optimizer, communicator: Communicator) -> tup
 def _is_view_of_more(parameter: Tensor) -> bool:
     """Whether a parameter's memory holds elements of other tensors too."""
     return parameter.untyped_storage().nbytes() > parameter.nbytes
-
-
-def _share_memory(optimizer: Optimizer) -> bool:
-    """Whether elements of parameters are elements of others too."""
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.numel() or parameter.device.type == "meta":
-                continue
-            reach = sum(
-                (length - 1) * stride for length, stride in zip(parameter.shape, parameter.stride(), strict=True)
-            )
-            if reach + 1 < parameter.numel():
-                return True  # an expanded tensor
-            first = parameter.data_ptr()
-            storage = parameter.untyped_storage().data_ptr()
-            spans.setdefault(storage, []).append((first, first + (reach + 1) * parameter.itemsize))
-    for own in spans.values():
-        own.sort()
-        if any(stop > start for (_, stop), (start, _) in pairwise(own)):
-            return True
-    return False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpoptim.lent_memory import LentMemory
 from dpoptim.messages import Messages, PendingSum
+from dpoptim.normal_tensors import normal_tensors
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.peer_memory import PeerMemory
 from dpoptim.polled_messages import PolledMessages
@@ -84,6 +85,7 @@ class Exchange:
         go on until then.
     """
 
+    @normal_tensors()
     def __init__(self, own_messages: Messages, *, patient: bool, polled: bool) -> None:
         self._messages = own_messages
         self._rank, self._world_size = own_messages.rank, own_messages.world_size
@@ -222,6 +224,7 @@ class Exchange:
         """Wait until all ranks of this node are here; collective in the node."""
         self._node.barrier()
 
+    @normal_tensors()
     def share_in_node(self, num_bytes: int) -> SharedMemory:
         """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.
 
@@ -258,6 +261,7 @@ class Exchange:
         ways = self._find_ways()
         return ways is not None and ways.peers is not None
 
+    @normal_tensors()
     def lend(self, num_bytes: int) -> LentMemory | None:
         """Return memory for what is to be summed, if there is any, instead of what was lent before; collective.
 
@@ -304,8 +308,12 @@ class Exchange:
 
     def _find_ways(self) -> "_NodeWays | None":
         """Set up shared memory at its first use; collective then, with the same answer on all ranks."""
-        if self._ways is not None or self._why_no_ways is not None:
-            return self._ways
+        if self._ways is None and self._why_no_ways is None:
+            with normal_tensors():
+                self._set_up_ways()
+        return self._ways
+
+    def _set_up_ways(self) -> None:
         staging, peers, error = None, None, None
         if self.topology.local_size > 1:
             try:
@@ -321,7 +329,7 @@ class Exchange:
         self._why_no_ways = next((text for text in self._messages.all_gather_object(error) if text is not None), None)
         if self._why_no_ways is not None:
             logger.warning("ranks of a node exchange by messages: %s (rank %d)", self._why_no_ways, self._rank)
-            return None
+            return
         counterparts = None
         num_owners = min(len(node) for node in self.topology.nodes)
         if self.topology.num_nodes > 1:
@@ -332,7 +340,6 @@ class Exchange:
                 if self._is_patient:  # the network keeps all ranks of a node waiting
                     counterparts.patience_bytes = sys.maxsize
         self._ways = _NodeWays(staging, peers, counterparts, num_owners)
-        return self._ways
 
     def _find_peers(self, meet: Callable[[], None]) -> PeerMemory | None:
         """Try whether the ranks of this node may read each other's memory; collective in the node."""

@@ -21,6 +21,7 @@ from dpoptim.errors import raised_on_all_ranks
 from dpoptim.hyper_parameters import HyperParameters
 from dpoptim.inner_step import InnerStep
 from dpoptim.kept_attributes import KeptAttributes
+from dpoptim.normal_tensors import normal_tensors
 from dpoptim.overlap import has_spare_cores, try_overlap
 from dpoptim.preconditions import (
     already_reduced,
@@ -33,6 +34,7 @@ from dpoptim.preconditions import (
     division_error,
     memory_error,
     naming_gradients,
+    parameter_error,
 )
 from dpoptim.reducer import Reducer
 from dpoptim.roll_call import RollCall
@@ -128,6 +130,7 @@ class DataParallelOptimizer(Optimizer):
     _is_constructed = True  # but while __init__ runs
     _divided: Divided | None = None
 
+    @normal_tensors()
     def __init__(
         self,
         optimizer: Optimizer,
@@ -146,7 +149,13 @@ class DataParallelOptimizer(Optimizer):
             roll_call.communicator,
             _wrapped_twice(optimizer)
             or argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
-            or division_error(optimizer, shard, node_shared),
+            or division_error(optimizer, shard, node_shared)
+            or parameter_error(
+                _parameters_of(optimizer),
+                parameter_names(optimizer.param_groups, module),
+                module,
+                is_alone=roll_call.communicator.world_size == 1,
+            ),
         )
         self._roll_call = roll_call
         self._optimizer = optimizer
@@ -339,7 +348,12 @@ class DataParallelOptimizer(Optimizer):
         except (TypeError, ValueError) as caught:
             error = caught
         if error is None:
-            error = already_reduced(param_group["params"])
+            error = already_reduced(param_group["params"]) or parameter_error(
+                self._parameters()[num_before:],
+                self._names()[num_before:],
+                self._module,
+                is_alone=self._communicator.world_size == 1,
+            )
             if error is None and self._divided is not None:
                 error = memory_error(self._parameters(), self._names())
             if error is not None:
@@ -571,8 +585,11 @@ class DataParallelOptimizer(Optimizer):
         """End data parallelism: take the hooks off the parameters and free the communicator; collective.
 
         Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was divided is put
-        together in the wrapped optimizer of every rank, and parameters that a node shared become each rank's own.
+        together in the wrapped optimizer of every rank, and parameters that a node shared become each rank's own. From
+        then on ``step`` is the wrapped optimizer's, and whatever is collective an error. A second call does nothing.
         """
+        if self._reducer.is_detached:
+            return
         if self._divided is not None:
             self._reducer.meet("detaching the optimizer", 1.0)
             form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=False)
@@ -708,7 +725,7 @@ class DataParallelOptimizer(Optimizer):
     # ---------------------------------------------------------------- how
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        return _parameters_of(self)
 
     def _names(self) -> list[str]:
         return parameter_names(self.param_groups, self._module)
@@ -873,6 +890,10 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(one)
     else:
         yield value
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _wrapped_twice(optimizer: object) -> TypeError | None:

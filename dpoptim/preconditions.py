@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dpoptim.bucket import gradient_dtype
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.implementations import sharing_memory
 from dpoptim.inner_step import needs_closure
+from dpoptim.layers import layer_error
 from dpoptim.reducer import is_reduced
 from dpoptim.sharded_step import NUMBERS
 
@@ -31,6 +33,7 @@ __all__ = [
     "division_error",
     "memory_error",
     "naming_gradients",
+    "parameter_error",
 ]
 
 # What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
@@ -119,10 +122,37 @@ def memory_error(parameters: Sequence[Tensor], names: Sequence[str]) -> ValueErr
         if gradient_dtype(parameter) != parameter.dtype:
             dtypes = f"{parameter.dtype}, but its gradient is kept in {gradient_dtype(parameter)}"
             return ValueError(f"parameter '{name}' is {dtypes}")
+        if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            return ValueError(f"elements of parameter '{name}' are one (an expanded tensor)")
     shared = sorted(sharing_memory([parameters]))
     if shared:
         return ValueError(f"parameters {', '.join(repr(names[index]) for index in shared)} share memory")
     return None
+
+
+def parameter_error(
+    parameters: Sequence[Tensor], names: Sequence[str], module: nn.Module | None, *, is_alone: bool
+) -> ValueError | None:
+    """Return what is wrong with these parameters on several ranks, if anything is. Local."""
+    if is_alone:
+        return None
+    for name, parameter in zip(names, parameters, strict=True):
+        if is_lazy(parameter):
+            return ValueError(
+                f"parameter '{name}' is not initialised yet (a lazy module): run the module once, then construct the "
+                "optimizer"
+            )
+        if parameter.is_meta:
+            return ValueError(
+                f"parameter '{name}' is on the meta device and has no values: call module.to_empty(device=...) and "
+                "initialise it, then construct the optimizer"
+            )
+        if not parameter.is_leaf:
+            return ValueError(
+                f"parameter '{name}' is the result of a computation (not a leaf), whose gradients can't be reduced "
+                "over ranks, with differentiable=True neither: give the optimizer the tensors that it was computed from"
+            )
+    return layer_error(parameters, names, module)
 
 
 def check_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str]) -> None:

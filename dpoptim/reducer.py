@@ -107,6 +107,8 @@ class Reducer:
         As given.
     batch_weight : float
         Weight of this rank's gradients in the mean.
+    is_detached : bool
+        Whether :meth:`detach` was called.
     has_local_gradients : bool
         Whether gradients of a backward wait for their reduction.
     num_accumulated : int
@@ -130,6 +132,7 @@ class Reducer:
         self.has_local_gradients = False
         self.accumulate = accumulate
         self.num_accumulated = 0
+        self.is_detached = False
         self.put_aside: dict[int, Tensor] = {}
         self._is_enabled = True
         self._roll_call = roll_call
@@ -281,6 +284,10 @@ class Reducer:
 
     def meet(self, purpose: str, weight: float) -> float:
         """Meet all ranks for the same purpose and return the sum of their weights; collective (Note [Roll call])."""
+        if self.is_detached:
+            raise raised_on_all_ranks(
+                RuntimeError(f"this DataParallelOptimizer was detached (asked for {purpose}): construct another one")
+            )
         self._roll_call.passes.settle()
         while True:
             try:
@@ -294,7 +301,7 @@ class Reducer:
     @property
     def _has_work(self) -> bool:
         """Whether gradients are anything else than the mean as they come."""
-        return self.communicator.world_size > 1 or self.accumulate > 1
+        return not self.is_detached and (self.communicator.world_size > 1 or self.accumulate > 1)
 
     @property
     def _looks_before_adding(self) -> bool:
@@ -326,6 +333,7 @@ class Reducer:
 
     def detach(self) -> None:
         """Take the hooks off the parameters, which stay as they are; not collective."""
+        self.is_detached = True
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -646,7 +654,7 @@ class Reducer:
             gradient = gradient if gradient is not None and gradient.is_sparse else None
         if gradient is not None and gradient.is_sparse:
             gradient = gradient.to_dense()
-        alone = Bucket([index], [parameter])
+        alone = Bucket([index], [_like_gradient(parameter)])
         alone.pack([gradient], self._scale or 0.0)
         self._comm_hook(self.communicator, alone).wait()
         mean = _in_layout_of(parameter, alone.reduced(0))
@@ -669,21 +677,22 @@ class Reducer:
 
     def _plan(self, order: Sequence[int]) -> None:
         """Divide these parameters among buckets; the same on all ranks (Note [Bucket order])."""
+        gradients = {index: _like_gradient(self._parameters[index]) for index in order}
         together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         groups: list[list[int]] = []
         have_homes = self._have_homes(order)
         for index in order:
-            parameter = self._parameters[index]
+            parameter = gradients[index]
             if is_large(parameter) and not (have_homes and parameter.device.type == "cpu"):
                 groups.append([index])  # copying it into and out of a bucket is more than one message
             else:
                 together.setdefault((gradient_dtype(parameter), parameter.device), []).append(index)
         for indices in together.values():
-            sizes_bytes = [self._parameters[index].nbytes for index in indices]
+            sizes_bytes = [gradients[index].nbytes for index in indices]
             groups += [[indices[i] for i in group] for group in group_by_size(sizes_bytes, self._bucket_bytes)]
         when_ready = {index: when for when, index in enumerate(order)}
         groups.sort(key=lambda group: when_ready[group[-1]])
-        self._buckets = [Bucket(group, [self._parameters[index] for index in group]) for group in groups]
+        self._buckets = [Bucket(group, [gradients[index] for index in group]) for group in groups]
         self._place = {
             index: (bucket, position) for bucket in self._buckets for position, index in enumerate(bucket.indices)
         }
@@ -820,7 +829,15 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient in its parameter's memory layout, as autograd makes it: torch's fused steps rely on it."""
     if gradient.stride() == parameter.stride():
         return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+
+
+def _like_gradient(parameter: Tensor) -> Tensor:
+    """Return a tensor with the shape, dtype and device of a gradient, perhaps without memory of its own."""
+    dtype = gradient_dtype(parameter)
+    if dtype == parameter.dtype:
+        return parameter
+    return torch.empty((), dtype=dtype, device=parameter.device).expand(parameter.shape)
 
 
 def is_reduced(parameter: Tensor) -> bool:

@@ -2,8 +2,11 @@
 
 import zlib
 from collections.abc import Sequence
+from enum import Enum
+from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -11,6 +14,11 @@ from dpoptim.communicator import Communicator
 from dpoptim.utils.consistency import ParameterFacts, check_optimizers_agree, raise_together
 
 __all__ = ["check_alike", "describe_module", "parameter_names", "qualified_name"]
+
+
+# What is the same on all ranks if it is written in the same way.
+_PLAIN = (Number, str, bytes, Enum, range, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_MAX_DEPTH = 8
 
 
 def parameter_names(param_groups: Sequence[dict[str, Any]], module: nn.Module | None) -> list[str]:
@@ -65,8 +73,24 @@ def check_alike(
                 raise_together(communicator, error)
 
 
-def _as_text(value: Any) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)
+def _as_text(value: Any, depth: int = 0) -> str:
+    """Describe a value of a group as far as ranks can compare it: of other objects their class alone."""
+    if isinstance(value, Tensor):
+        return f"a tensor on {value.device}" if value.is_meta else repr(value.tolist())
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        if depth == _MAX_DEPTH:
+            return f"a {type(value).__name__}"
+        inner = depth + 1
+        if isinstance(value, dict):
+            pairs = sorted((_as_text(key, inner), _as_text(item, inner)) for key, item in value.items())
+            return "{" + ", ".join(f"{key}: {item}" for key, item in pairs) + "}"
+        texts = [_as_text(item, inner) for item in value]
+        if isinstance(value, (set, frozenset)):
+            return "{" + ", ".join(sorted(texts)) + "}"
+        return ("({})" if isinstance(value, tuple) else "[{}]").format(", ".join(texts))
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
+    return f"a {qualified_name(type(value))}"
 
 
 def _state_text(value: Any) -> str:

@@ -21,6 +21,8 @@ LEVELS = {
     "partition": 0,
     "gradient_home": 0,
     "hyper_parameters": 0,
+    "normal_tensors": 0,
+    "layers": 0,
     "backward_passes": 0,
     "sparse_gradients": 6,
     "bucket": 1,
