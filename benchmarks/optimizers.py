@@ -4,7 +4,9 @@
 
 Both step equal parameters with equal gradients, in turn, round by round, in one process, on many small tensors and on
 few large ones. What counts is the ratio of the medians: 1 is as fast as torch, smaller is faster. With ``--compile``
-compiled steps are measured too. Set OMP_NUM_THREADS, and leave the machine alone meanwhile.
+compiled steps are measured too. With ``--groups`` 200 small tensors are stepped, each in a group of its own, with equal
+rates, with different ones, and with different ones that change at each step. Set OMP_NUM_THREADS, and leave the machine
+alone meanwhile.
 """
 
 import argparse
@@ -25,6 +27,8 @@ MODELS = {
     "many small": [(40, 25)] * 400,
     "few large": [(1620, 1620)] * 4,
 }
+# 200 tensors of 1000 elements, each in a group of its own.
+GROUPS = ("equal rates", "different rates", "changing rates")
 OPTIONS = {"LBFGS": {"max_iter": 1}, "SGD": {"momentum": 0.9}}
 Step = Callable[[], object]
 
@@ -65,6 +69,30 @@ def contenders(name: str, shapes: list[tuple[int, int]], *, compiled: bool) -> d
     return {label: step_of(optimizer) for label, optimizer in made.items()}
 
 
+def contenders_in_groups(name: str, rates: str) -> dict[str, Step]:
+    """Return the steps to be compared, on 200 tensors with a group for each."""
+    made: dict[str, Step] = {}
+    for label, package in (("torch", torch.optim), ("dpoptim", dpoptim)):
+        groups = [
+            {"params": [parameter], "lr": 1e-4 * (1 + (number if rates != "equal rates" else 0))}
+            for number, parameter in enumerate(parameters(name, [(40, 25)] * 200))
+        ]
+        optimizer = getattr(package, name)(groups, lr=1e-4, **OPTIONS.get(name, {}))
+        made[label] = with_schedule(optimizer) if rates == "changing rates" else step_of(optimizer)
+    return made
+
+
+def with_schedule(optimizer: torch.optim.Optimizer) -> Step:
+    """Return a function that changes all rates, as a scheduler does, and makes a step."""
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9999
+        optimizer.step()
+
+    return step
+
+
 def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of a step in every round, of every contender, in about so many seconds."""
     for step in steps.values():
@@ -86,12 +114,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="for each optimizer and model")
     parser.add_argument("--optimizers", default="", help="names, separated by commas; all by default")
     parser.add_argument("--compile", action="store_true", help="also the compiled steps")
+    parser.add_argument("--groups", action="store_true", help="a group for each tensor, instead")
     parser.add_argument("--json", type=Path, help="write every round's times here")
     args = parser.parse_args()
+    models = GROUPS if args.groups else tuple(MODELS)
     names = args.optimizers.split(",") if args.optimizers else sorted(set(CHOICES["cpu"]) & set(dpoptim.__all__))
+    if args.groups:
+        names = [name for name in names if name != "LBFGS"]  # which takes one group alone
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median ms a step, ratio to torch's default\n")
     columns = [
-        f"{model}: {label}" for model in MODELS for label in ("torch", "dpoptim", "compiled")[: 2 + args.compile]
+        f"{model}: {label}" for model in models for label in ("torch", "dpoptim", "compiled")[: 2 + args.compile]
     ]
     print(f"| optimizer | implementation | {' | '.join(columns)} |")
     print("|---" * (len(columns) + 2) + "|")
@@ -99,8 +131,11 @@ def main() -> None:
     for name in names:
         cells = []
         raw[name] = {}
-        for model, shapes in MODELS.items():
-            steps = contenders(name, shapes, compiled=args.compile)
+        for model in models:
+            if args.groups:
+                steps = contenders_in_groups(name, model)
+            else:
+                steps = contenders(name, MODELS[model], compiled=args.compile)
             raw[name][model] = times = measure(steps, args.seconds)
             medians = {label: statistics.median(values) for label, values in times.items()}
             for label in ("torch", "dpoptim", "compiled")[: 2 + args.compile]:

@@ -117,7 +117,7 @@ class Plan:
     def __init__(self, found: Found, how: Implementations, state: Any, compiled: CompiledStep | None) -> None:
         self._how = how
         self._counts, self._uses, self._results = found.counts, found.uses, found.results
-        self._values = _Values(found.groups, how)
+        self._values = _Values(_read(found.groups, how))
         self._parameters = list(found.lists[0])
         is_dense = all(gradient.layout == torch.strided for gradient in found.lists[1])
         self._facts = _facts(found.lists) if is_dense else None
@@ -203,10 +203,10 @@ class Plan:
 
     def _follow(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Take over hyper-parameters; return False if other groups than before have equal ones."""
-        values = _Values.read(groups, self._how)
+        values = _read(groups, self._how)
         if values == self._values.values:
             return True
-        new = _Values(groups, self._how)
+        new = _Values(values)
         if new.partition != self._values.partition or new.fixed != self._values.fixed:
             return False
         self._values = new
@@ -241,26 +241,26 @@ class _Values:
         The number of each group's values of the first kind, and of both kinds.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], how: Implementations) -> None:
-        self.values = self.read(groups, how)
-        self.common = _numbered([common for common, _ in self.values])
-        self.exact = _numbered(self.values)
+    def __init__(self, values: list[tuple[Any, Any]]) -> None:
+        self.values = values
+        self.fixed = [common for common, _ in values]
+        self.common, self.exact = _numbered(self.fixed), _numbered(values)
         self.partition = (self.common, self.exact)
-        self.fixed = [common for common, _ in self.values]
 
-    @staticmethod
-    def read(groups: Sequence[dict[str, Any]], how: Implementations) -> list[tuple[Any, Any]]:
-        """Return the values of each group; a rate with its type, since a tensor may equal a number."""
-        if not how.own_names:
-            return [(tuple(map(group.get, how.common_names)), None) for group in groups]
-        return [
-            (
-                tuple(map(group.get, how.common_names)),
-                (rate.__class__, id(rate) if isinstance(rate, Tensor) else rate, group.get("weight_decay")),
-            )
-            for group in groups
-            for rate in (group["lr"],)
-        ]
+
+def _read(groups: Sequence[dict[str, Any]], how: Implementations) -> list[tuple[Any, Any]]:
+    """Return the hyper-parameters of each group; a rate with its type, since a tensor may equal a number."""
+    names = how.common_names
+    if not how.own_names:
+        return [(tuple(map(group.get, names)), None) for group in groups]
+    return [
+        (
+            tuple(map(group.get, names)),
+            (rate.__class__, id(rate) if isinstance(rate, Tensor) else rate, group.get("weight_decay")),
+        )
+        for group in groups
+        for rate in (group["lr"],)
+    ]
 
 
 def _numbered(keys: Sequence[Hashable]) -> list[int]:
