@@ -26,8 +26,8 @@ def layer_error(parameters: Sequence[Tensor], names: Sequence[str], module: nn.M
         name, max_norm = by_identity.get(id(layer.weight)), getattr(layer, "max_norm", None)
         if name is not None and max_norm is not None:
             return ValueError(
-                f"parameter '{name}' is the weight of an {type(layer).__name__} with max_norm={max_norm}, which in each "
-                "forward renormalises the rows of this rank's batch alone, so that replicas drift apart: set "
+                f"parameter '{name}' is the weight of an {type(layer).__name__} with max_norm={max_norm}, which "
+                "in each forward renormalises the rows of this rank's batch alone, so that replicas drift apart: set "
                 "max_norm=None and renormalise all rows after each step, with torch.no_grad(), opt.exclusive(): "
                 f"weight.copy_(torch.renorm(weight, {layer.norm_type}, 0, {max_norm}))"
             )
