@@ -1,6 +1,7 @@
 """DataParallelOptimizer: any torch optimizer, on the mean gradient of all ranks."""
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections import OrderedDict
@@ -160,6 +161,13 @@ class DataParallelOptimizer(Optimizer):
         self._roll_call = roll_call
         self._optimizer = optimizer
         self._module = module
+        self._arguments: dict[str, Any] = {
+            "comm": comm,
+            "bucket_mb": bucket_mb,
+            "overlap": overlap,
+            "comm_hook": comm_hook,
+            "accumulate": accumulate,
+        }
         self._is_constructed = False
         state = optimizer.state
         super().__init__(optimizer.param_groups, getattr(optimizer, "defaults", {}))
@@ -726,6 +734,16 @@ class DataParallelOptimizer(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return _parameters_of(self)
+
+    def _wrap_alike(self, optimizer: Optimizer) -> "DataParallelOptimizer":
+        """Return a wrapper of another optimizer in this one's mode, with this one's arguments; collective."""
+        made = object.__new__(type(self))
+        arguments = {**self._arguments, "comm_hook": copy.deepcopy(self._arguments["comm_hook"])}
+        arguments |= {"shard": self.mode == "sharded", "node_shared": self.mode == "node-shared"}
+        DataParallelOptimizer.__init__(made, optimizer, **arguments)
+        for name in vars(self).keys() - vars(made).keys() - {"step"}:  # a subclass's own; a scheduler's step is self's
+            made.__dict__[name] = vars(self)[name]
+        return made
 
     def _names(self) -> list[str]:
         return parameter_names(self.param_groups, self._module)
