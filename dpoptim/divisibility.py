@@ -16,6 +16,7 @@ import io
 import math
 import random
 import sys
+import time
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ _ELEMENTWISE = (
 
 # Enough for what begins late, such as a slow average or a preconditioner.
 _NUM_STEPS = 24
+# Of one step, in s: with a hundred of them construction would take a while.
+_MAX_STEP_S = 0.5
 # Of gradients, in turn: small and large ones, since some classes clip.
 _SCALES = (1.0, 1e-3, 30.0, 0.5)
 # What is wider behaves as it did here: classes that factor large matrices alone begin at 128 at most.
@@ -145,7 +148,10 @@ class _Probe:
         before = self._values(together)
         generators = _generator_states()
         for step in range(_NUM_STEPS):
+            begin_s = time.perf_counter()
             self._step(together, step, everywhere)
+            if time.perf_counter() - begin_s > _MAX_STEP_S:
+                return Divisibility("nothing", "takes too long to be tried out (set is_elementwise in the class)")
         if _generator_states() != generators:
             return Divisibility("nothing", "draws random numbers in its step")
         expected = self._values(together)

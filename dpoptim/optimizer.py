@@ -660,7 +660,13 @@ class DataParallelOptimizer(Optimizer):
         names = unique_names(self.param_groups, self._names())
         if self._divided is not None:
             return {**self._divided.form(self.param_groups, names), **self._kept_attributes.entry()}
-        return to_named(self._whole_state_dict(), [parameter.shape for parameter in self._parameters()], names)
+        state_dict = self._whole_state_dict()
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise RuntimeError(
+                f"the state dict of {type(self._optimizer).__name__} is not of torch's form, so that it can't be told "
+                "by parameter: save state_dict() itself, on rank 0"
+            )
+        return to_named(state_dict, [parameter.shape for parameter in self._parameters()], names)
 
     def load_local_state_dict(self, form: Form) -> None:
         """Load this rank's part of a state, copied, in the dtypes that it has; local.

@@ -70,6 +70,8 @@ def argument_error(
     """Return what is wrong with the arguments of this rank, if anything is."""
     if not isinstance(optimizer, Optimizer):
         return TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        return TypeError(f"optimizer must have a list of param_groups, {type(optimizer).__name__} has none")
     if module is not None and not isinstance(module, nn.Module):
         return TypeError(f"module must be a torch.nn.Module or None, got {type(module).__name__}")
     if not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
@@ -215,7 +217,8 @@ def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, ent
     if kind not in _STATE_KEYS:
         return  # LBFGS keeps a history in vectors of all parameters
     always, sometimes = _STATE_KEYS[kind]
-    if not always <= entry.keys() <= always | sometimes:
+    # What is no torch optimizer's was added by a wrapper of somebody else, such as a slow average.
+    if not always <= entry.keys() or entry.keys() & _all_state_keys() - always - sometimes:
         expected = ", ".join(sorted(always)) or "nothing"
         optional = f" (or also {', '.join(sorted(sometimes))})" if sometimes else ""
         raise ValueError(
@@ -224,11 +227,16 @@ def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, ent
         )
     for key, value in entry.items():
         expected_shape = _state_shape(key, parameter)
-        if isinstance(value, Tensor) and value.shape != expected_shape:
+        if key in always | sometimes and isinstance(value, Tensor) and value.shape != expected_shape:
             raise ValueError(
                 f"'{key}' of parameter '{name}' must have shape {tuple(expected_shape)} in the state dict, got "
                 f"{tuple(value.shape)}: the parameter itself has shape {tuple(parameter.shape)}"
             )
+
+
+@functools.cache
+def _all_state_keys() -> frozenset[str]:
+    return frozenset[str]().union(*(always | sometimes for always, sometimes in _STATE_KEYS.values()))
 
 
 def _state_shape(key: str, parameter: Tensor) -> torch.Size:

@@ -344,6 +344,12 @@ class Reducer:
 
     def on_gradient(self, index: int, _: Tensor) -> None:
         """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
+        if self._parameters[index].grad is None:
+            raise RuntimeError(
+                f"the gradient of {self._describe(index)} was taken away before it could be reduced, by a hook of "
+                "register_post_accumulate_grad_hook, as optimizers that step within backward() do: each rank would "
+                "step with its own gradient. Use an optimizer that steps in step()"
+            )
         if index in self._homes:
             self._homes[index].take_in(self._parameters[index])
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:

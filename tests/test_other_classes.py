@@ -257,3 +257,31 @@ def test_numbers_that_depend_on_the_part_are_an_error_on_all(world):
     ):
         train(opt, model, torch.ones(2, 5, dtype=torch.float64))
     opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_steps_within_backward_is_told(world, mode):
+    model = seeded(lambda: nn.Linear(5, 5))
+
+    def step(parameter):
+        parameter.data.sub_(parameter.grad)
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), **MODES[mode])
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter .* was taken away before it could be reduced"):
+        model(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+    opt.detach()
+
+
+def test_a_state_dict_of_another_form_is_said(world):
+    class Boxed(foreign_classes.Lookahead):
+        def state_dict(self):
+            return {"slow": [], "base": self.optimizer.state_dict()}
+
+    opt = dpoptim.DataParallelOptimizer(Boxed(dpoptim.SGD(seeded().parameters(), lr=0.1)))
+    assert opt.state_dict().keys() >= {"slow", "base"}
+    with pytest.raises(RuntimeError, match="the state dict of Boxed is not of torch's form"):
+        opt.local_state_dict()
+    opt.detach()

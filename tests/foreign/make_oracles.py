@@ -1,6 +1,6 @@
 """Program: train every optimizer by itself and keep where it came to, for the sweep to compare with.
 
-    python make_oracles.py DIRECTORY PART NUM_PARTS
+python make_oracles.py DIRECTORY PART NUM_PARTS
 """
 
 import pickle

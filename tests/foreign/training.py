@@ -53,7 +53,7 @@ def seed_all(seed: int) -> None:
     """Seed every generator that an optimizer may draw from."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
 
 
 def make_net(dtype: torch.dtype) -> Net:
@@ -269,7 +269,7 @@ def difference(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) ->
     largest = max(float((b - s).abs().max()) for b, s in zip(theirs, start, strict=True))
     found = 0.0
     for a, b, s in zip(ours, theirs, start, strict=True):
-        if torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()):
+        if torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())):
             continue
         movement = max(float((b - s).abs().max()), 1e-3 * largest, 1e-300)
         off = float((a - b).abs().max()) / movement
@@ -344,9 +344,7 @@ def oracle(entry: Entry, num_groups: int) -> Oracle:
                         if error is not None:
                             errors.append(f"{way}, {dtype}: {error}")
                             continue
-                        noisy = [
-                            _run(entry, way, dtype, groups, noise=torch.finfo(dtype).eps)[0].end for _ in range(2)
-                        ]
+                        noisy = [_run(entry, way, dtype, groups, noise=torch.finfo(dtype).eps)[0].end for _ in range(2)]
                 except Exception as caught:
                     errors.append(f"{way}, {dtype}: {described(caught)}")
                     continue
