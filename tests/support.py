@@ -69,6 +69,7 @@ SECTIONS = {
         *("activation checkpointing", "torch.func.functional_call", "two optimizers on one model"),
     ],
 }
+_FOREIGN = "## Optimizers from outside torch"  # written by tests/foreign/table.py, at the end
 _ORDER = {
     "dtypes": ["float64", "float32", "bfloat16", "float16", "complex128", "complex64"],
     "implementations": ["for-loop", "foreach", "fused", "flat", "compiled"],
@@ -161,7 +162,7 @@ def parse(text: str) -> set[Cell]:
     cells = set()
     columns: list[str] = []
     titles = {title: column for column, title in COLUMNS.items()}
-    for line in text.splitlines():
+    for line in text.partition(_FOREIGN)[0].splitlines():
         if not line.startswith("| "):
             continue
         row, *texts = [part.strip() for part in line.strip("|").split("|")]
@@ -193,7 +194,8 @@ def main() -> None:
     shown: set[Any] = set()
     for path in sorted(RECORDS.glob("*.json")):
         shown |= {tuple(cell) for cell in json.loads(path.read_text())}
-    FILE.write_text(render(shown))
+    _, heading, foreign = FILE.read_text().partition(_FOREIGN)
+    FILE.write_text(render(shown) + (f"\n{heading}{foreign}" if heading else ""))
     print(f"{os.path.relpath(FILE)}: {len(shown)} entries")
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["NOT_TRIED", "PACKAGES", "Entry", "classes", "entries", "versions"]
+__all__ = ["KNOWN", "NOT_TRIED", "PACKAGES", "Entry", "classes", "entries", "versions"]
 
 PACKAGES = {
     "pytorch_optimizer": "pytorch_optimizer",
@@ -134,6 +134,15 @@ NOT_TRIED = {
     "lion_pytorch.triton": "needs triton, a compiler for GPUs",
     "optimi.prepare_for_gradient_release": "a function that steps within backward, before gradients can be reduced",
     "timm.fused* and timm.bnb*": "of the packages apex and bitsandbytes, for GPUs",
+}
+
+# What can't be put right from within a DataParallelOptimizer, by entry and verdict.
+KNOWN = {
+    (f"pytorch_optimizer.Magma(ours({base}))", "replicas differ"): (
+        "draws random numbers of its own around ours' step: with seeds that differ between ranks replicas part; "
+        "`DataParallelOptimizer(Magma(...))` is right"
+    )
+    for base in ("SGD", "AdamW")
 }
 
 

@@ -2,7 +2,7 @@
 
     python drive.py DIRECTORY [--ranks 2 3] [--only TEXT]
 
-``DIRECTORY`` keeps the oracles, and gets ``results-N.json`` for each number of ranks.
+``DIRECTORY`` keeps the oracles, and gets ``results.json``.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catalogue import PACKAGES, entries
+from catalogue import entries
 from programs import ENVIRONMENT
 
 HERE = Path(__file__).parent
@@ -108,6 +108,13 @@ def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                 )
 
 
+def run_sweep(directory: Path, ranks: Sequence[int], only: str = "") -> list[dict[str, Any]]:
+    """Return a result for every entry whose name contains ``only``, mode and number of ranks."""
+    make_oracles(directory / "oracles", os.cpu_count() or 1)
+    numbers = [number for number, entry in enumerate(entries()) if only in entry.name]
+    return [result for num_ranks in ranks for result in sweep(directory, num_ranks, numbers)]
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -115,18 +122,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--only", default="", help="entries whose name contains this")
     arguments = parser.parse_args()
-    directory = arguments.directory
-    start = time.monotonic()
-    make_oracles(directory / "oracles", os.cpu_count() or 1)
-    print(f"oracles: {time.monotonic() - start:.0f} s", flush=True)
-    numbers = [number for number, entry in enumerate(entries()) if arguments.only in entry.name]
-    results = []
-    for num_ranks in arguments.ranks:
-        results += sweep(directory, num_ranks, numbers)
-        print(f"{num_ranks} ranks: {time.monotonic() - start:.0f} s", flush=True)
-    name = "results.json" if not arguments.only else "some.json"
-    (directory / name).write_text("[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n")
-    print(f"{len(numbers)} of {len(PACKAGES)} packages", *table(results), sep="\n")
+    results = run_sweep(arguments.directory, arguments.ranks, arguments.only)
+    path = arguments.directory / "results.json"
+    path.write_text("[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n")
+    print(*table(results), sep="\n")
 
 
 if __name__ == "__main__":
