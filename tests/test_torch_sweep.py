@@ -467,8 +467,11 @@ def test_every_optimizer_alone(kind):
         ours = kind(name, 3)
         opt = getattr(dpoptim, name)(ours.groups(), **options)
         own_error = outcome(lambda: [train_one_process(ours, opt, step) for step in range(NUM_STEPS)] and None)  # noqa: B023
+        if error == "KeyError: 'sum'":
+            continue  # torch's Adagrad up to 2.11 has no state for a parameter that starts anew; ours begins it
         found = None if own_error == error else f"{own_error} instead of {error}"
-        found = found or difference(ours, theirs, exact_16_bits=True) or differing_state(opt, plain)
+        if error is None:  # of a step that failed each has made another part
+            found = found or difference(ours, theirs, exact_16_bits=True) or differing_state(opt, plain)
         if found is not None:
             wrong.append(f"{name} {options}: {found}")
     assert not wrong, "\n".join(wrong)
@@ -516,7 +519,9 @@ def test_every_optimizer_on_ranks(world, kind, mode):
 
         own_error = outcome(train)
         found = None
-        if (own_error is None) != (error is None):
+        if error == "KeyError: 'sum'":
+            pass  # see above
+        elif (own_error is None) != (error is None):
             found = f"{own_error} instead of {error}"
         elif error is None:
             found = difference(ours, theirs, exact_16_bits=False)
