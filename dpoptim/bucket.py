@@ -44,7 +44,8 @@ class Division:
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's gradient: its own, unless another one was set (``Tensor.grad_dtype``)."""
-    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", None)  # new in torch 2.10
+    # New in torch 2.10, and leaves have it alone.
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", None) if parameter.is_leaf else None
     return parameter.dtype if dtype is None else dtype
 
 

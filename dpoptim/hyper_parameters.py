@@ -95,11 +95,12 @@ class HyperParameters:
     def _checksum(self, values: Sequence[Any]) -> int:
         try:
             found = array("d", values)  # fast, and right for floats
-        except TypeError:
-            for value in values:
-                if isinstance(value, Tensor):
-                    self._tensors[id(value)] = value, _version(value)
+            tensors = [value for value in values if isinstance(value, Tensor)]
+        except (TypeError, OverflowError, RuntimeError):  # values that are no numbers, or none of this kind
+            tensors = [value for value in values if isinstance(value, Tensor)]
             found = array("d", [number for value in values for number in _numbers_of(value)])
+        for tensor in tensors:
+            self._tensors[id(tensor)] = tensor, _version(tensor)
         if math.isnan(sum(found)):  # the same bits for all that are none
             found = array("d", [_NOT_A_NUMBER if math.isnan(number) else number for number in found])
         return zlib.crc32(found.tobytes())

@@ -150,13 +150,13 @@ class DataParallelOptimizer(Optimizer):
             roll_call.communicator,
             _wrapped_twice(optimizer)
             or argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
-            or division_error(optimizer, shard, node_shared)
             or parameter_error(
                 _parameters_of(optimizer),
                 parameter_names(optimizer.param_groups, module),
                 module,
                 is_alone=roll_call.communicator.world_size == 1,
-            ),
+            )
+            or division_error(optimizer, shard, node_shared),
         )
         self._roll_call = roll_call
         self._optimizer = optimizer

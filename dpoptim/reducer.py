@@ -166,6 +166,7 @@ class Reducer:
         self._num_raised = 0
         self._local: dict[int, int] = {}  # parameters with a gradient that is local, and its version
         self._note = ""
+        self._rewritten: str | None = None
         self._had_gradient: bytes | None = None
         # A gradient of the last reduction, and its version, that show whether gradients were changed since.
         self._sample: tuple[Tensor, int] | None = None
@@ -260,6 +261,7 @@ class Reducer:
         if self._tasks:
             self._roll_call.passes.settle()
         if self._tasks or self._num_no_sync or not self._reduced_since_step or self._are_cleared():
+            self._rewritten = self._find_rewritten()
             if not (self._tasks or self._num_no_sync):
                 self._note = ", without a backward since the last step"
             self.reduce()
@@ -515,9 +517,9 @@ class Reducer:
         changed = self._misfit or self._has_raised or had_gradient != self._had_gradient
         if not changed and self._sparse_dims:
             changed = any((g := self._parameters[i].grad) is not None and not g.is_sparse for i in self._sparse_dims)
-        return [float(changed or self._rewritten() is not None)]
+        return [float(changed or self._rewritten is not None)]
 
-    def _rewritten(self) -> str | None:
+    def _find_rewritten(self) -> str | None:
         """Say which gradient was changed between a backward in ``no_sync`` and a reduction that no backward began."""
         if self._tasks or not self._local:
             return None
@@ -625,7 +627,7 @@ class Reducer:
         self._local.clear()
         self._scale = None
         self._has_raised = self._is_put_off = self._are_changed = False
-        self._note = ""
+        self._note, self._rewritten = "", None
         self._num_no_sync = 0
         self.has_local_gradients = False
         self._reduced_since_step = True
@@ -744,7 +746,7 @@ class Reducer:
             misfits=self._misfits(gradients),
             order=list(dict.fromkeys(self._arrived)) if self.communicator.rank == 0 else [],
             has_raised=self._has_raised,
-            rewritten=self._rewritten(),
+            rewritten=self._rewritten,
         )
         reports: list[Report] = self.communicator.all_gather_object(own)
         raised = [rank for rank, report in enumerate(reports) if report.has_raised]
