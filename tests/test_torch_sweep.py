@@ -4,6 +4,7 @@ dpoptim's classes choose an implementation where the user names none. torch's ow
 parameters; the oracle here names nothing, so that it is that loop (``oracle.make_plain`` copies what was named).
 """
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -179,9 +180,9 @@ class MixedDtypes(Situation):
 
     def make(self) -> list[nn.Parameter]:
         dtypes = [torch.float32, torch.float16, torch.bfloat16, F64, torch.float16, torch.bfloat16, torch.float32]
-        if self.name in ("LBFGS", "SparseAdam"):
-            # LBFGS computes with all in one vector, where its line search makes much of a gradient's last bit; torch
-            # can't add sparse gradients of 16 bits, as the oracle must.
+        if self.name == "LBFGS":  # computes with all in one vector, so that a rounded gradient goes into all others
+            dtypes = [F64] * 3
+        if self.name == "SparseAdam":  # torch can't add sparse gradients of 16 bits, as the oracle must
             dtypes = [dtype for dtype in dtypes if dtype.itemsize > 2]
         return [nn.Parameter(values(3, 4, seed=seed, dtype=dtype)) for seed, dtype in enumerate(dtypes)]
 
@@ -225,7 +226,9 @@ class Shapes(Situation):
     def make(self) -> list[nn.Parameter]:
         shapes: list[tuple[int, ...]] = [(3, 4), (1, 1)]
         if self.name not in ("Muon", "SparseAdam"):
-            shapes += [(), (0,), (1,), (2, 0), ()]
+            shapes += [(), (1,), ()]
+        if self.name not in ("Muon", "SparseAdam", "Adafactor"):  # torch's Adafactor divides by the number of elements
+            shapes += [(0,), (2,), (2, 0)]
         return [nn.Parameter(values(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
 
 
@@ -370,7 +373,8 @@ class WrittenTo(Situation):
     """Parameters that the user writes to between steps."""
 
     def before(self, step: int, opt: Any) -> None:
-        with torch.no_grad():
+        exclusive = getattr(opt, "exclusive", contextlib.nullcontext)  # with node_shared one rank writes for all
+        with torch.no_grad(), exclusive():
             self.parameters[step % 4].mul_(0.5)
             self.parameters[(step + 1) % 4].data.add_(0.1)
 
