@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from dpoptim.bench import bench
+from dpoptim.class_check import MODES, check_class
 from dpoptim.diagnostics import check, info
 from dpoptim.utils.checkpoint.commands import add_commands, run
 
@@ -16,7 +17,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpoptim", description="Data-parallel optimizers over MPI.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="say what MPI, nodes, ranks and torch are here, and how optimizers step")
-    commands.add_parser("check", help="train on all ranks and in one process, and compare (under mpirun)")
+    check_parser = commands.add_parser(
+        "check", help="train on all ranks and in one process, and compare (under mpirun)"
+    )
+    check_parser.add_argument(
+        "--optimizer",
+        metavar="MODULE:CLASS",
+        help="check this class in each mode, also saved and resumed (default: every class of torch.optim, replicated)",
+    )
+    check_parser.add_argument(
+        "--options", help="arguments of the class, such as 'lr=0.1, betas=(0.9, 0.99)' or a JSON object"
+    )
+    check_parser.add_argument("--modes", help=f"of the class: which of {','.join(MODES)} (default: all)")
     bench_parser = commands.add_parser(
         "bench", help="measure collectives and training steps here, and say what was chosen and why (under mpirun)"
     )
@@ -30,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(parsed)
     if command == "bench":
         return bench(parsed.seconds)
-    return info() if command == "info" else check()
+    if command == "info":
+        return info()
+    of_class = (parsed.optimizer, parsed.options, parsed.modes)
+    return check() if of_class == (None, None, None) else check_class(*of_class)
 
 
 def _positive(text: str) -> float:

@@ -73,6 +73,7 @@ LEVELS = {
     "lr_scheduler": 11,
     "swa_utils": 11,
     "heat": 12,
+    "class_check": 12,
     "diagnostics": 12,
     "bench": 12,
     "__main__": 13,

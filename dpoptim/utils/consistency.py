@@ -1,17 +1,20 @@
 """Are the ranks still alike? Comparisons across ranks, and errors that all ranks raise together."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dpoptim.communicator import Communicator
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.roll_call import RollCall
 
-__all__ = ["ParameterFacts", "check_optimizers_agree", "check_replicas", "digest", "raise_together"]
+__all__ = ["ParameterFacts", "check_optimizers_agree", "check_replicas", "digest", "raise_together", "run_together"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,35 @@ def raise_together(communicator: Communicator, error: Exception | None) -> None:
         if other is not None:
             kind, message = other
             raise raised_on_all_ranks(kind(f"on rank {rank}: {message}") if error is None else error)
+
+
+def run_together(roll_call: RollCall, purpose: str, function: Callable[[], _T]) -> _T:
+    """Call a function, meet, and raise on every rank what it raises on any; collective, blocks.
+
+    Parameters
+    ----------
+    roll_call : RollCall
+        Where ranks meet. A rank that others wait for within the function, since it has raised, is found there.
+    purpose : str
+        What the function is for, in the words of the roll call; the same on all ranks.
+    function : callable
+        Local or collective.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as caught:
+        if getattr(caught, "raised_on_all_ranks", False):
+            raise
+        error = caught
+    try:
+        roll_call.answer(purpose, 1.0)
+    except RuntimeError:
+        if error is None:
+            raise
+        raise raised_on_all_ranks(error) from None
+    raise_together(roll_call.communicator, error)
+    return result
 
 
 def check_optimizers_agree(

@@ -5,17 +5,16 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.communicator import Communicator
-from dpoptim.errors import raised_on_all_ranks
 from dpoptim.roll_call import RollCall
 from dpoptim.utils.checkpoint.rng import get_rng
-from dpoptim.utils.consistency import digest, raise_together
+from dpoptim.utils.consistency import digest, raise_together, run_together
 from dpoptim.utils.verify.batches import join_batches
 from dpoptim.utils.verify.comparing import (
     ROUNDING,
@@ -32,6 +31,8 @@ from dpoptim.utils.verify.untouched import Hooks, emptied, global_step_hooks, un
 from dpoptim.utils.verify.verdict import Verdict
 
 __all__ = ["verify_step"]
+
+_T = TypeVar("_T")
 
 
 @torch.enable_grad()
@@ -106,7 +107,9 @@ def verify_step(
     with untouched(model), emptied(*global_step_hooks()):
         check = _Check(opt, model, loss_fn, batch, before_step, with_closure)
         try:
-            verdict = check.replicas_before() or check.run(num_steps)
+            verdict = check.replicas_before()
+            if verdict is None:
+                verdict = check.run(num_steps)
         except Exception:
             check.close(after_error=True)
             raise
@@ -218,23 +221,9 @@ class _Check:
         raise_together(self._communicator, error)
         return result
 
-    def _together(self, purpose: str, function: Callable[[], Any]) -> Any:
-        """Call a function that may be collective, meet, and raise on all ranks what it raises on one."""
-        result, error = None, None
-        try:
-            result = function()
-        except Exception as caught:
-            if getattr(caught, "raised_on_all_ranks", False):
-                raise
-            error = caught
-        try:
-            self._opt.roll_call.answer(f"verify_step, {purpose}", 1.0)
-        except RuntimeError:
-            if error is None:
-                raise
-            raise raised_on_all_ranks(error) from None
-        raise_together(self._communicator, error)
-        return result
+    def _together(self, purpose: str, function: Callable[[], _T]) -> _T:
+        """Call a function that may be collective, and raise on all ranks what it raises on one."""
+        return run_together(self._opt.roll_call, f"verify_step, {purpose}", function)
 
     def _first_unequal(self, named: Sequence[tuple[str, Tensor]]) -> str | None:
         """Return the name of the first tensor that ranks hold different bits of."""
@@ -242,7 +231,7 @@ class _Check:
         return next((name for (name, _), *row in zip(named, *everybody, strict=True) if len(set(row)) > 1), None)
 
     def _worst(self, wrapped: Wrapped, plain: Plain, before: Sequence[Tensor], spread: "_Spread | None") -> Difference:
-        """Return what is furthest off, on any rank."""
+        """Return what is furthest off, on any rank; a gradient rather than what a step has made of it."""
         rounding = max(ROUNDING[wrapped.coarsest], ROUNDING[plain.coarsest])
         of_gradient = torch.tensor(rounding * largest_gradient(plain.gradients), dtype=torch.float64)
         of_gradients = [of_gradient] * len(self._names)
@@ -258,11 +247,11 @@ class _Check:
                 *differences("gradient", self._names, *gradients, of_gradients),
                 *differences("parameter", self._names, wrapped.parameters, plain.parameters, of_parameters),
             ),
-            key=lambda found: found.ratio,
+            key=Difference.severity,
             default=Difference("parameter", "", 0.0, 0.0),
         )
         everybody: list[Difference] = self._communicator.all_gather_object(own)
-        return max(everybody, key=lambda found: found.ratio)
+        return max(everybody, key=Difference.severity)
 
     def _spread(self, plain: Plain, num_steps: int) -> "_Spread":
         """Return what gradients that are rounded otherwise may change; local."""

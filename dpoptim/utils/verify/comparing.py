@@ -53,6 +53,10 @@ class Difference:
             return 0.0
         return self.difference / self.tolerance if self.tolerance > 0 else float("inf")
 
+    def severity(self) -> tuple[bool, float]:
+        """Return what to order by: a gradient that is off is a reason, a parameter may be its consequence."""
+        return self.what == "gradient" and self.ratio > 1, self.ratio
+
 
 def coarsest(dtypes: Iterable[torch.dtype], *, on_cuda: bool = False) -> torch.dtype:
     """Return the dtype whose rounding tells, of those that take part and those that torch computes in instead."""
