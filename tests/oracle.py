@@ -26,6 +26,7 @@ __all__ = [
     "make_plain",
     "model_for",
     "part_sizes",
+    "same_implementation",
     "seeded",
     "train",
     "twin",
@@ -165,11 +166,15 @@ def make_plain(opt: dpoptim.DataParallelOptimizer, options: dict[str, Any], para
     With the same implementation too: torch's differ from each other by more than rounding in float64, since some
     keep scalars (ASGD its eta and mu) in float32.
     """
-    group = opt.param_groups[0]
-    same = {key: group[key] for key in ("foreach", "fused") if group.get(key) is not None}
     kind = next(kind for kind in type(opt.optimizer).__mro__ if kind.__module__.startswith("torch."))
-    optimizer: torch.optim.Optimizer = kind(parameters, **{**options, **same})  # type: ignore[call-arg]
+    optimizer: torch.optim.Optimizer = kind(parameters, **{**options, **same_implementation(opt)})  # type: ignore[call-arg]
     return optimizer
+
+
+def same_implementation(opt: dpoptim.DataParallelOptimizer) -> dict[str, bool]:
+    """Return the options with which torch's own class steps as the wrapped one does."""
+    how = dpoptim.torch_optim.implementation(opt)
+    return {how: True} if how in ("fused", "foreach") else {}
 
 
 def train(optimizer: torch.optim.Optimizer, model: nn.Module, batch: Tensor) -> float | Tensor | None:

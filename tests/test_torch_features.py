@@ -15,6 +15,7 @@ from oracle import (
     joined_batch,
     local_part,
     part_sizes,
+    same_implementation,
     seeded,
     train,
 )
@@ -65,9 +66,7 @@ def test_dtypes_bit_for_bit(world, name, dtype):
     options.pop("centered", None)  # a variance of 16 bits may be negative
     ours, theirs = _parameters(dtype), _parameters(dtype)
     opt = dpoptim.DataParallelOptimizer(getattr(dpoptim, name)(ours, **options))
-    group = opt.param_groups[0]
-    same = {key: group[key] for key in ("fused", "foreach") if group.get(key) is not None}
-    plain = getattr(torch.optim, name)(theirs, **options, **same)
+    plain = getattr(torch.optim, name)(theirs, **options, **same_implementation(opt))
     before = [parameter.detach().clone() for parameter in ours]
     for step in range(4):
         for optimizer, parameters, ranks in ((opt, ours, [world.rank]), (plain, theirs, range(world.size))):
