@@ -58,6 +58,7 @@ def agreed(world, verdict):
 # ------------------------------------------------------------------------------------------ what is right
 
 
+@pytest.mark.once
 @pytest.mark.ranks(2)
 @every_mode
 def test_every_optimizer_is_equal(world, mode):
