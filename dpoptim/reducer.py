@@ -850,7 +850,7 @@ def _like_gradient(parameter: Tensor) -> Tensor:
 
 def is_reduced(parameter: Tensor) -> bool:
     """Whether some reducer has its hook on this parameter."""
-    return bool(reducers_of([parameter]))
+    return any(isinstance(hook, _GradientHook) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
 
 
 def reducers_of(parameters: Iterable[Tensor]) -> set[Reducer]:
