@@ -411,7 +411,7 @@ def test_replicas_that_differ_before_are_named(world):
 
 @needs_several
 def test_clipping_each_ranks_gradient_is_found(world):
-    """A hook that clips each rank's own gradient does not clip the mean; torch's clipping is right, also when sharded."""
+    """A hook that clips each rank's own gradient does not clip the mean; torch's clipping does, also sharded."""
     model = seeded()
     opt = wrapped(world, dpoptim.SGD(model.parameters(), lr=0.1), "sharded")
     batch = own_batch(world, equal=True)
