@@ -248,8 +248,7 @@ class Divided:
         parts: Sequence[Part] = []
         outputs: Sequence[Outputs] = []
         try:
-            if self._memory is not None:
-                self._memory.check()
+            (self._step if self._memory is None else self._memory).check()
             groups = act()
             if self._memory is None:
                 parts = self._step.parts(buckets)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["layer_error"]
+__all__ = ["layer_error", "renormalisation_error"]
 
 _KINDS = (nn.Embedding, nn.EmbeddingBag, nn.SyncBatchNorm)
 
@@ -25,12 +25,8 @@ def layer_error(parameters: Sequence[Tensor], names: Sequence[str], module: nn.M
     for layer in layers:
         name, max_norm = by_identity.get(id(layer.weight)), getattr(layer, "max_norm", None)
         if name is not None and max_norm is not None:
-            return ValueError(
-                f"parameter '{name}' is the weight of an {type(layer).__name__} with max_norm={max_norm}, which "
-                "in each forward renormalises the rows of this rank's batch alone, so that replicas drift apart: set "
-                "max_norm=None and renormalise all rows after each step, with torch.no_grad(), opt.exclusive(): "
-                f"weight.copy_(torch.renorm(weight, {layer.norm_type}, 0, {max_norm}))"
-            )
+            which = f"parameter '{name}' is the weight of an {type(layer).__name__}"
+            return renormalisation_error(which, max_norm, layer.norm_type)
     num_local = sum(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
     has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if num_local and not has_group:
@@ -40,6 +36,15 @@ def layer_error(parameters: Sequence[Tensor], names: Sequence[str], module: nn.M
             stacklevel=4,
         )
     return None
+
+
+def renormalisation_error(which: str, max_norm: float, norm_type: float) -> ValueError:
+    """Return the error of an embedding with ``max_norm``."""
+    return ValueError(
+        f"{which} with max_norm={max_norm}, which in each forward renormalises the rows of this rank's batch alone, so "
+        "that replicas drift apart: set max_norm=None and renormalise all rows after each step, with torch.no_grad(), "
+        f"opt.exclusive(): weight.copy_(torch.renorm(weight, {norm_type}, 0, {max_norm}))"
+    )
 
 
 def _layers(parameters: Sequence[Tensor], module: nn.Module | None) -> list[nn.Module]:

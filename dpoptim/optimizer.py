@@ -541,6 +541,10 @@ class DataParallelOptimizer(Optimizer):
         if self._reducer.waits_for_gradients and not set(map(id, parameters)).isdisjoint(map(id, self._parameters())):
             self._reducer.finish()
 
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether this is one of its parameters; local."""
+        return any(own is parameter for own in self._parameters())
+
     def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed; they are reduced before."""
         self._reducer.finish()

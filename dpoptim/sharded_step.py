@@ -33,6 +33,7 @@ from dpoptim.bucket import Bucket
 from dpoptim.divided_state import DividedState
 from dpoptim.divisibility import is_known
 from dpoptim.gradient_home import is_large
+from dpoptim.implementations import sharing_memory
 from dpoptim.partition import Piece, pieces_within, start_offsets
 from dpoptim.step_hooks import bare_step
 
@@ -68,6 +69,7 @@ class ShardedStep:
         self._state: defaultdict[Any, Any] = defaultdict(dict)  # of units
         self._is_known = is_known(type(optimizer))
         self._fused_step = _fused_step(optimizer) if by_element else None
+        self._addresses: list[int] = []  # of all parameters
         self.outer_state = DividedState(self._forget)
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
@@ -89,6 +91,20 @@ class ShardedStep:
         )
 
     # ---------------------------------------------------------------- the step
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if parameters were given memory that they share, so that two parts would step it."""
+        parameters = [parameter for part in self._parts for parameter in part.parameters]
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if addresses == self._addresses:
+            return
+        if shared := sharing_memory([parameters]):
+            shapes = ", ".join(str(tuple(parameters[place].shape)) for place in sorted(shared))
+            raise RuntimeError(
+                f"parameters of shapes {shapes} were given memory that they share: with shard=True the owner of each "
+                "would step it. Make them one parameter before the optimizer is constructed"
+            )
+        self._addresses = addresses
 
     def step(self, step: Callable[[], object]) -> frozenset[int]:
         """Step what this rank owns with the gradients as they are in ``p.grad``; under ``no_grad``.

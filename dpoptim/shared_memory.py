@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpoptim.normal_tensors import normal_tensors
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.sleeping_barrier import SleepingBarrier
 
@@ -84,6 +85,7 @@ class SharedMemory:
         except OSError:
             self._map = _mapped(node, num_bytes, _named)
 
+    @normal_tensors()
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> Tensor:
         """Return a tensor in this memory, with a storage of its own that begins at ``offset_bytes``."""
         numel = torch.Size(shape).numel()

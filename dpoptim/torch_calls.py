@@ -3,11 +3,12 @@
 Note [Functions of torch]
 -------------------------
 Programs, and frameworks around them, call ``torch.nn.utils.clip_grad_norm_`` and ``GradScaler.unscale_`` on a model's
-parameters. With a divided step each rank would see another norm. When the first optimizer of several ranks is made, two
+parameters. With a divided step each rank would see another norm. When the first optimizer of several ranks is made, three
 functions of torch are replaced by ones that ask first whose gradients they are given: the total norm becomes the global
 one (collective, as ``opt.clip_grad_norm_``), and infinities are looked for without canaries (Note [Canaries] in
 canaries.py). A rank that has no gradient in a step first joins the reduction in which the others wait for it. All other
-gradients go to torch's own code.
+gradients go to torch's own code. A third function renormalises rows of an embedding's weight in forward, those of the
+rank's own batch: for a weight that several ranks train it raises.
 """
 
 import functools
@@ -19,9 +20,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils import clip_grad
 
 from dpoptim.errors import raised_on_all_ranks
+from dpoptim.layers import renormalisation_error
 
 __all__ = ["ReadsParts", "forget", "make_known"]
 
@@ -38,6 +41,9 @@ class ReadsParts(Protocol):
     def join_reduction(self, parameters: Sequence[Tensor]) -> None:
         """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
 
+    def trains(self, parameter: Tensor) -> bool:
+        """Whether this is one of its parameters; local."""
+
     def while_infinities_are_sought(self) -> AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed."""
 
@@ -52,6 +58,7 @@ def make_known(optimizer: ReadsParts) -> None:
         _replace(torch.amp.GradScaler, "_unscale_grads_", _with_whole_gradients)
         for module in (clip_grad, torch.nn.utils):
             _replace(module, "get_total_norm", _with_global_norm)
+        _replace(functional, "_no_grad_embedding_renorm_", _of_own_weights)
     _known.add(optimizer)
 
 
@@ -117,3 +124,13 @@ def _with_whole_gradients(unscale: Callable[..., Any]) -> Callable[..., Any]:
             return unscale(scaler, optimizer, *args, **kwargs)
 
     return unscale_grads
+
+
+def _of_own_weights(renormalise: Callable[..., Any]) -> Callable[..., Any]:
+    def renormalise_rows(weight: Tensor, input: Tensor, max_norm: float, norm_type: float) -> Any:  # noqa: A002  torch's
+        if any(optimizer.trains(weight) for optimizer in _known):
+            shape = f"a parameter of shape {tuple(weight.shape)} is the weight of an embedding"
+            raise renormalisation_error(shape, max_norm, norm_type)
+        return renormalise(weight, input, max_norm, norm_type)
+
+    return renormalise_rows

@@ -219,6 +219,21 @@ def test_another_layout_of_what_is_stepped_in_its_place_is_an_error(world):
         opt.step()
 
 
+def test_parameters_that_come_to_share_memory_are_an_error(world):
+    model = seeded(_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.01), shard=True)
+    batch = torch.ones(1, 5, dtype=torch.float64)
+    train(opt, model, batch)
+    first, second = seeded(lambda: nn.Linear(5, 5)), seeded(lambda: nn.Linear(5, 5))
+    opt.add_param_group({"params": [first.weight, second.weight]})
+    first.weight.data = second.weight.detach()
+    for layer in (model, first, second):
+        layer(batch).sum().backward()
+    with pytest.raises(RuntimeError, match=r"shapes \(5, 5\), \(5, 5\) were given memory that they share"):
+        opt.step()
+    opt.detach()
+
+
 @pytest.mark.parametrize("mode", ["sharded", "node-shared"])
 def test_parameters_that_share_memory_stay_replicated(world, mode):
     def make():

@@ -8,6 +8,7 @@ from oracle import MODES, assert_same_parameters, joined_batch, local_part, part
 from torch import nn
 
 import dpoptim
+from dpoptim.communicator import Communicator
 from dpoptim.utils import checkpoint
 
 pytestmark = pytest.mark.parallel
@@ -130,3 +131,22 @@ def test_what_is_first_called_in_inference_mode_goes_on_outside_of_it(world, mod
         assert_same_parameters(model, expected)
         opt.detach()
         comm.Free()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64])
+@pytest.mark.parametrize("numel", [3, 1 << 17])
+def test_collectives_that_are_first_called_in_inference_mode_go_on_outside_of_it(world, numel, dtype):
+    communicator = Communicator(world)
+    counts = [numel // world.size + (rank < numel % world.size) for rank in range(world.size)]
+    for within in (True, False, True, False):
+        with torch.inference_mode() if within else contextlib.nullcontext():
+            tensor = torch.ones(numel, dtype=dtype)
+            communicator.all_reduce(tensor)
+            assert tensor[-1] == world.size
+            part = torch.empty(counts[world.rank], dtype=dtype)
+            communicator.reduce_scatter(part, torch.ones(numel, dtype=dtype), counts=counts)
+            assert (part == world.size).all()
+            communicator.all_gather(tensor)
+            communicator.broadcast(tensor)
+            assert communicator.start_sum([1.0, 2.0]).wait() == [world.size, 2.0 * world.size]
+    communicator.free()

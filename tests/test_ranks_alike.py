@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import MODES, joined_batch, local_part, seeded, twin
 from torch import nn
+from torch.nn import functional
 
 import dpoptim
 from dpoptim.hyper_parameters import HyperParameters, first_difference
@@ -164,6 +165,22 @@ def test_weights_that_forward_renormalises_are_an_error(world, layer, named):
         opt.add_param_group({"params": list(model.parameters())})
     assert len(opt.param_groups) == 1 + (world.size == 1)
     opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_function_that_renormalises_weights_is_an_error(world, mode):
+    weight = nn.Parameter(torch.ones(5, 3))
+    words = torch.tensor([[0, world.rank]])
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD([weight], lr=0.1), world, **MODES[mode])
+    for function in (functional.embedding, functional.embedding_bag):
+        function(words, weight).sum().backward()
+        with _on_several(
+            world, ValueError, r"shape \(5, 3\) is the weight of an embedding with max_norm=1.0, .*renorm"
+        ):
+            function(words, weight, max_norm=1.0)
+    opt.detach()
+    functional.embedding(words, weight, max_norm=1.0)
+    assert weight[0].norm() <= 1.0
 
 
 @pytest.mark.parametrize("named", [True, False])
