@@ -3,12 +3,12 @@
 Note [Functions of torch]
 -------------------------
 Programs, and frameworks around them, call ``torch.nn.utils.clip_grad_norm_`` and ``GradScaler.unscale_`` on a model's
-parameters. With a divided step each rank would see another norm. When the first optimizer of several ranks is made, three
-functions of torch are replaced by ones that ask first whose gradients they are given: the total norm becomes the global
+parameters. With a divided step each rank would see another norm. When the first optimizer of several ranks is made,
+functions of torch are replaced by ones that ask first whose gradients they are given. The total norm becomes the global
 one (collective, as ``opt.clip_grad_norm_``), and infinities are looked for without canaries (Note [Canaries] in
-canaries.py). A rank that has no gradient in a step first joins the reduction in which the others wait for it. All other
-gradients go to torch's own code. A third function renormalises rows of an embedding's weight in forward, those of the
-rank's own batch: for a weight that several ranks train it raises.
+canaries.py). A rank that has no gradient in a step first joins the reduction in which the others wait for it. An
+embedding's ``max_norm`` renormalises the rows of the rank's own batch in forward: it raises for a weight that several
+ranks train. All else goes to torch's own code.
 """
 
 import functools
