@@ -95,8 +95,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Generator[None, Any, Any]:
-    """Let a test that failed on one rank fail on all."""
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Let a test that failed on one rank fail on all.
+
+    If the others don't come, as from a collective that this rank has left, it says what it has died of before they end.
+    """
     if not UNDER_MPIRUN:
         return (yield)
     from mpi4py import MPI
@@ -107,7 +110,13 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
     except BaseException as caught:  # pytest's own outcomes are BaseExceptions; raised again below
         error = caught
     text = None if error is None else "".join(traceback.format_exception(error))
-    meet(MPI.COMM_WORLD)
+    capture = pyfuncitem.config.pluginmanager.get_plugin("capturemanager")
+
+    def say() -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n--- rank {MPI.COMM_WORLD.rank}, {pyfuncitem.nodeid}:\n{text}", file=sys.stderr, flush=True)
+
+    meet(MPI.COMM_WORLD, say if text is not None else None)
     failures = {rank: text for rank, text in enumerate(MPI.COMM_WORLD.allgather(text)) if text is not None}
     if error is not None and len(failures) == MPI.COMM_WORLD.size:
         raise error
