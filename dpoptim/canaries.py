@@ -56,8 +56,12 @@ class Canaries:
             self._parameters = parameters
             self._fill(float("inf"))
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raise ``RuntimeError`` if somebody has read all of a gradient, and written what follows from it."""
+    def check(self, names: Sequence[str]) -> bool:
+        """Raise ``RuntimeError`` if somebody has read all of a gradient, and written what follows from it.
+
+        Returns whether all canaries were set to zero, as by who has taken gradients for infinite.
+        """
+        all_are_zero = False
         for places, has_been_read in ((self._outside, torch.isnan), (self._inside, _is_not_finite)):
             found = [(index, element) for index, e in places if (element := self._element(index, e)) is not None]
             if found and bool(has_been_read(torch.stack([element.detach().cpu() for _, element in found])).any()):
@@ -68,7 +72,10 @@ class Canaries:
                     "makes a norm infinite. Clip with opt.clip_grad_norm_(max_norm), of which max_norm=float('inf') "
                     "returns the global norm and changes nothing, or leave out shard and node_shared"
                 )
+            if places is self._outside and found:
+                all_are_zero = not bool(torch.stack([element.detach().cpu() for _, element in found]).any())
         self._parameters = ()
+        return all_are_zero
 
     def _plan(self) -> None:
         self._outside.clear()

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dpoptim.bucket import Bucket
 from dpoptim.communicator import Communicator, Work
-from dpoptim.divisibility import divisibility, is_known
+from dpoptim.divisibility import are_switched, divisibility, is_known
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.inner_step import InnerStep, needs_closure
 from dpoptim.node_shared import NodeShared
@@ -145,6 +145,7 @@ class Divided:
         self._step = ShardedStep(optimizer, by_element=by_element)
         self._memory = memory
         self._prepared: _Prepared | None = None
+        self._options = _options_of(optimizer)  # as the last step has left them
         topology, node_shared = communicator.topology, memory is not None
         self.sharding = Sharding(
             num_owners=min(map(len, topology.nodes)) if node_shared else communicator.world_size,
@@ -158,6 +159,11 @@ class Divided:
     def mode(self) -> str:
         """``"sharded"`` or ``"node-shared"``."""
         return "sharded" if self._memory is None else "node-shared"
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether the optimizer is being stepped, on units."""
+        return self._optimizer.state is not self._step.outer_state
 
     def check_still_divisible(self) -> None:
         """Raise ``ValueError`` on all ranks if a new group can't be divided as the others are; collective."""
@@ -208,13 +214,31 @@ class Divided:
 
         def act() -> frozenset[int]:
             check_gradients()
-            return self._step.step(self._inner_step)
+            self._check_options()
+            groups = self._step.step(self._inner_step)
+            self._options = _options_of(self._optimizer)
+            return groups
 
         # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
         by_hand = self._step.parts_with_gradient_but(buckets)
         names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
         purpose = f"a step with gradients set by hand, of parameters {names}" if by_hand else "a step"
         self._act(act, purpose, [*buckets, *(part.bucket for part in by_hand)], meet)
+
+    def _check_options(self) -> None:
+        """Raise ``ValueError`` if an option was switched since the last step and makes the class couple parameters."""
+        if is_known(type(self._optimizer)):
+            return
+        now = _options_of(self._optimizer)
+        if len(now) == len(self._options) and not any(map(are_switched, self._options, now)):
+            return
+        found = divisibility(self._optimizer)
+        if found.by == "nothing" or (found.by == "parameter" and self._by_element):
+            what = found.why_not or "is no longer by element"
+            raise ValueError(
+                f"an option of a parameter group was switched, and {type(self._optimizer).__name__} {what}: set it "
+                "before the optimizer is wrapped, which divides it accordingly"
+            )
 
     @torch.no_grad()
     def call(
@@ -417,6 +441,14 @@ class Divided:
         self._step.outer_state.clear()
         self._step.outer_state.update(copy.deepcopy(form.get("unnamed", {})))
         self._step.load(state)
+
+
+def _options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each group but its rate, if the class is not torch's."""
+    if is_known(type(optimizer)):
+        return []
+    left_out = ("params", "param_names", "lr", "initial_lr")
+    return [{key: value for key, value in group.items() if key not in left_out} for group in optimizer.param_groups]
 
 
 def _described(error: Exception) -> str:

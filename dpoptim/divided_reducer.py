@@ -17,6 +17,7 @@ Buckets and their order are fixed (Note [Who owns what] in sharding.py); they ar
 """
 
 import cmath
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,12 +28,13 @@ from dpoptim.bucket import Bucket
 from dpoptim.canaries import Canaries
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.partition import Piece
-from dpoptim.reducer import MARK, REDUCED, Reducer, Report
+from dpoptim.reducer import MARK, Reducer, Report
 from dpoptim.sharding import Entry, Sharding
 
 __all__ = ["DividedReducer"]
 
-# The mark of gradients that were the result of a reduction, and are what has come since.
+# The mark of gradients that were the result of a reduction, and are what has come since. That of the result itself is
+# the number of the parameter.
 _PUT_ASIDE = "put aside"
 
 
@@ -60,6 +62,7 @@ class DividedReducer(Reducer):
         self._sharding = sharding
         self._without_mark: set[int] = set()
         self.canaries = Canaries()
+        self._adds_to_reduced = self._has_step_left_out = self._has_warned = False
         self._changed: set[int] = set()
 
     @property
@@ -74,6 +77,7 @@ class DividedReducer(Reducer):
     def note_cleared(self) -> None:
         """Take note that all gradients were cleared, perhaps in their place."""
         super().note_cleared()
+        self._note_step_left_out()
         self._forget_what_was_put_aside()
 
     def _forget_what_was_put_aside(self) -> None:
@@ -89,11 +93,12 @@ class DividedReducer(Reducer):
         if mark == _PUT_ASIDE or index in self.put_aside:
             self._follow_changes(index, gradient)
             return
-        if mark != REDUCED and (
+        if not isinstance(mark, int) and (
             not self._reduced_since_step or index in self._local or index in self._arrived or gradient.is_sparse
         ):
             return  # autograd's own, or there before the first reduction
         setattr(gradient, MARK, _PUT_ASIDE)
+        self._adds_to_reduced = True
         if torch.is_grad_enabled():  # autograd is asked for a graph of the gradient, and adds into a new tensor
             self._without_mark.add(index)
         piece = self._own_piece(index)
@@ -149,6 +154,7 @@ class DividedReducer(Reducer):
     def _end(self) -> None:
         super()._end()
         self._changed.clear()
+        self._adds_to_reduced = False
 
     def _plan_for(self, start: int, groups: Sequence[int]) -> None:
         """Divide the new parameters; those that are frozen sleep."""
@@ -177,24 +183,53 @@ class DividedReducer(Reducer):
         has_woken = reports is not None and self._wake(reports)
         if has_woken:
             num_not_finite += self._take_over_woken()
+        if not self._adds_to_reduced:
+            self._note_step_left_out()
         self._add_what_was_put_aside()
         if num_not_finite and self._is_finite:
             self._spoil()
-        for parameter in self._parameters:
+        for index, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
-                setattr(parameter.grad, MARK, REDUCED)
+                setattr(parameter.grad, MARK, index)
         if has_woken and self._have_homes(self._place):
             self._find_homes()
         if not num_not_finite:
             self.canaries.set(self._parameters, self._buckets)
+        self._has_step_left_out = not num_not_finite
 
     def is_partial(self, gradient: Tensor) -> bool:
         """Whether this rank has the mean of its part of a gradient alone."""
-        return getattr(gradient, MARK, None) == REDUCED
+        return isinstance(getattr(gradient, MARK, None), int)
 
     def check_gradients(self) -> None:
         """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
-        self.canaries.check(self._names)
+        self._has_step_left_out = False
+        for index, parameter in enumerate(self._parameters):
+            mark = getattr(parameter.grad, MARK, index)
+            if mark != index and isinstance(mark, int):
+                raise RuntimeError(
+                    f"{self._describe(index)} was given the gradient of parameter '{self._names[mark]}', of which each "
+                    "rank has another part: leave out shard and node_shared, or exchange the values before they are "
+                    "reduced (in no_sync())"
+                )
+        if self.canaries.check(self._names):
+            self._warn_of_looking("gradients were set to zero")
+
+    def _note_step_left_out(self) -> None:
+        """Take note that gradients are gone with which no step was made."""
+        if self._has_step_left_out:
+            self._has_step_left_out = False
+            self._warn_of_looking("no step was made with the gradients of a backward")
+
+    def _warn_of_looking(self, what: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{what}. If the program has looked at them first: each rank has the mean of its own part alone, and "
+                "an infinite element stands in the rest, so that no gradient seems finite. Ask opt.clip_grad_norm_("
+                "float('inf')), which is the global norm, or leave out shard and node_shared",
+                stacklevel=2,
+            )
 
     def _own_piece(self, index: int) -> Piece | None:
         """Return what this rank owns of a parameter."""

@@ -3,11 +3,13 @@
 Note [Probing]
 --------------
 torch's own classes are known. What any other class does is tried out, on a copy of the optimizer with the user's
-hyper-parameters and a few small parameters in place of his: some steps of all together, of each alone, and of all as
-flat halves. If parameters end alike alone and together, each may be stepped by another rank. If halves end alike too,
-and all state is of the parameter's shape or a number, it may be divided by element. A class is not divided that couples
-parameters, draws random numbers, steps another optimizer, has a state dict of its own, or can't be tried. The probe
-errs on the side of not dividing. It draws from no generator of the user's and writes to nothing of his.
+hyper-parameters and a few small parameters in place of his: some steps of all together, of each alone, and of flat
+halves alone. If parameters end alike alone and together, each may be stepped by another rank. If halves end alike too,
+all state is of the parameter's shape or a number, and the optimizer knows no parameter by its identity or attributes,
+it may be divided by element. A class is not divided that couples parameters, draws random numbers, steps another
+optimizer, has a state dict of its own, knows parameters by their address, or can't be tried. The probe errs on the side
+of not dividing. It draws from no generator of the user's and writes to nothing of his. What a class does after
+thousands of steps alone is not seen; an option that is switched on later is (:func:`are_switched`).
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import random
 import sys
 import time
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,7 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Divisibility", "divisibility", "is_known", "nested_optimizers", "parameters_of"]
+__all__ = [
+    "Divisibility",
+    "are_switched",
+    "divisibility",
+    "has_own_step",
+    "is_known",
+    "nested_optimizers",
+    "parameters_of",
+]
 
 _ELEMENTWISE = (
     "ASGD",
@@ -52,6 +62,8 @@ _SCALES = (1.0, 1e-3, 30.0, 0.5)
 # What is wider behaves as it did here: classes that factor large matrices alone begin at 128 at most.
 _MAX_WIDTH, _MAX_DEEP_WIDTH = 144, 8
 _MAX_TOYS, _MAX_GROUPS = 12, 4
+# Of what an optimizer keeps, when it is looked for its parameters.
+_MAX_LOOKED_AT = 100_000
 # In float64, of the largest movement: a sum in another order is right, a coupling is not.
 _TOLERANCE = 1e-9
 
@@ -82,6 +94,21 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether somebody has given this object another step than its class has; a scheduler's only counts calls."""
+    own = vars(optimizer).get("step")
+    return own is not None and not hasattr(own, "_wrapped_by_lr_sched")
+
+
+def slots_of(holder: object) -> list[str]:
+    """Return the names of the ``__slots__`` of an object's classes that it has set."""
+    names: list[str] = []
+    for kind in type(holder).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return [name for name in names if not name.startswith("__") and hasattr(holder, name)]
+
+
 def nested_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
     """Return the optimizers that an optimizer has as attributes, as those that wrap another one do."""
     return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
@@ -94,6 +121,8 @@ def divisibility(optimizer: Optimizer) -> Divisibility:
     ``False`` (by whole parameter), ``is_divisible = False`` (not at all).
     """
     kind = type(optimizer)
+    if has_own_step(optimizer):
+        return Divisibility("nothing", "has a step of this object's own")
     if is_known(kind):
         if kind.__name__ in ("LBFGS", "SparseAdam"):
             return Divisibility("nothing", "needs a closure" if kind.__name__ == "LBFGS" else "takes sparse gradients")
@@ -128,7 +157,47 @@ def _obstacle(optimizer: Optimizer) -> str | None:
         return "has a state_dict of its own"
     if isinstance(optimizer, torch.optim.LBFGS):
         return "needs a closure"
+    if _knows(optimizer, {parameter.data_ptr() for parameter in parameters_of(optimizer) if parameter.numel()}):
+        return "knows parameters by their address"
     return None
+
+
+def are_switched(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an option of a parameter group has been switched on or off, so that a class may do something else."""
+    keys = [key for key in now if key not in ("params", "param_names", "lr", "initial_lr")]
+    return len(keys) != len(before) or any(_is_switched(before.get(key), now[key]) for key in keys)
+
+
+def _is_switched(before: Any, now: Any) -> bool:
+    if before is now:
+        return False
+    if isinstance(now, (bool, str, type(None))) or isinstance(before, (bool, str, type(None))):
+        return bool(before != now)
+    if isinstance(now, (int, float)) and isinstance(before, (int, float)):
+        return bool(before) != bool(now)
+    return False
+
+
+def _knows(optimizer: Optimizer, values: set[int]) -> bool:
+    """Whether what an optimizer keeps, outside of its state, has one of these integers, or a tensor with such an id."""
+    kept = [value for key, value in vars(optimizer).items() if key not in ("state", "param_groups", "defaults")]
+    kept = [value for value in kept if not (isinstance(value, OrderedDict) and not value)]
+    kept += [v for group in optimizer.param_groups for k, v in group.items() if k not in ("params", "param_names")]
+    seen: set[int] = set()
+    while kept and len(seen) < _MAX_LOOKED_AT:
+        value = kept.pop()
+        if id(value) in values or (isinstance(value, int) and value in values):
+            return True
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            kept += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            kept += value
+        elif type(value).__module__.split(".")[0] not in ("torch", "builtins") and hasattr(value, "__dict__"):
+            kept += vars(value).values()
+    return False
 
 
 class _Probe:
@@ -179,45 +248,42 @@ class _Probe:
         """Whether flat halves end as the parameters do (Note [Units] in sharded_step.py)."""
         parameters = [together.param_groups[g]["params"][i] for g, i in self._toy_places()]
         entries = [(p, value) for p in parameters for value in together.state.get(p, {}).values()]
-        if any(vars(p) for p in parameters_of(self._optimizer)) or not all(_is_of_element(p, v) for p, v in entries):
+        own = parameters_of(self._optimizer)
+        if any(vars(p) for p in own) or not all(_is_of_element(p, v) for p, v in entries):
+            return False
+        if _knows(self._optimizer, {id(p) for p in own}):
             return False
         try:
-            twin = self._twin()
-            halves: list[tuple[Tensor, Tensor]] = []
-            for number, group in enumerate(twin.param_groups):
-                flat = [
-                    p.detach().reshape(-1)
-                    for (g, _), p in zip(self._toy_places(), self._toys(twin), strict=True)
-                    if g == number
-                ]
-                whole = torch.cat(flat)
-                cut = whole.numel() // 2 + 1
-                halves.append((nn.Parameter(whole[:cut].clone()), nn.Parameter(whole[cut:].clone())))
-                first_toy = group["params"][0] if flat else None
-                group["params"] = list(halves[-1])
-                for half in halves[-1]:
-                    if first_toy is not None and twin.state.get(first_toy):
-                        twin.state[half] = _like_state(twin.state[first_toy], first_toy, half)
-            for step in range(_NUM_STEPS):
-                for number, (first, second) in enumerate(halves):
-                    gradient = torch.cat(
-                        [
-                            self._gradient(step, k).reshape(-1)
-                            for k, (g, _) in enumerate(self._toy_places())
-                            if g == number
-                        ]
-                    )
-                    first.grad, second.grad = gradient[: first.numel()].clone(), gradient[first.numel() :].clone()
-                _call_step(twin)
-            for number, pair in enumerate(halves):
-                mine = torch.cat([half.detach() for half in pair])
-                theirs = [e.reshape(-1) for (g, _), e in zip(self._toy_places(), expected, strict=True) if g == number]
-                if not _equal(mine, torch.cat(theirs), movement):
-                    return False
-                if not _alike(_options(twin, number), _options(together, number)):
-                    return False
+            return all(self._is_stepped_as_a_half(half, together, expected, movement) for half in (0, 1))
         except Exception:  # whatever it does not take: it may be divided by parameter
             return False
+
+    def _is_stepped_as_a_half(self, half: int, together: Any, expected: Sequence[Tensor], movement: float) -> bool:
+        """Whether this flat half of each group ends as the parameters do, without the other one."""
+        twin = self._twin()
+        spans: list[slice] = []
+        flats: list[Tensor] = []
+        for number in range(len(twin.param_groups)):
+            members = [toy for (g, _), toy in zip(self._toy_places(), self._toys(twin), strict=True) if g == number]
+            whole = torch.cat([toy.detach().reshape(-1) for toy in members])
+            cut = whole.numel() // 2 + 1
+            spans.append(slice(cut, None) if half else slice(0, cut))
+            flats.append(nn.Parameter(whole[spans[-1]].clone()))
+            if twin.state.get(members[0]):
+                twin.state[flats[-1]] = _like_state(twin.state[members[0]], members[0], flats[-1])
+        for group, flat in zip(twin.param_groups, flats, strict=True):
+            group["params"] = [flat]
+        for step in range(_NUM_STEPS):
+            for number, (span, flat) in enumerate(zip(spans, flats, strict=True)):
+                gradients = [self._gradient(step, k) for k, (g, _) in enumerate(self._toy_places()) if g == number]
+                flat.grad = torch.cat([gradient.reshape(-1) for gradient in gradients])[span].clone()
+            _call_step(twin)
+        for number, (span, flat) in enumerate(zip(spans, flats, strict=True)):
+            theirs = [e.reshape(-1) for (g, _), e in zip(self._toy_places(), expected, strict=True) if g == number]
+            if not _equal(flat.detach(), torch.cat(theirs)[span], movement):
+                return False
+            if not _alike(_options(twin, number), _options(together, number)):
+                return False
         return True
 
     def _choose_groups(self) -> dict[int, list[int]]:
@@ -259,6 +325,8 @@ class _Probe:
         groups = [optimizer.param_groups[g] for g in self._groups]
         memo: dict[int, Any] = dict(toys)
         vars(twin).update(copy.deepcopy(attributes, memo))
+        for name in slots_of(optimizer):
+            setattr(twin, name, copy.deepcopy(getattr(optimizer, name), memo))
         twin.param_groups = copy.deepcopy(groups, memo)
         twin.state = defaultdict(
             dict, {k: copy.deepcopy(v) for k, v in optimizer.state.items() if not isinstance(k, Tensor)}

@@ -15,14 +15,15 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpoptim.divisibility import is_known, parameters_of
+from dpoptim.divisibility import has_own_step, is_known, parameters_of
 from dpoptim.errors import raised_on_all_ranks
 
 __all__ = ["InnerStep", "needs_closure"]
@@ -49,7 +50,11 @@ class InnerStep:
     def __call__(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make one step; under the gradient mode that the class itself chooses."""
         step = step_of(self._optimizer)
-        if closure is not None or args or _accepts_closure(type(self._optimizer).step):
+        if (
+            closure is not None
+            or args
+            or (not has_own_step(self._optimizer) and _accepts_closure(type(self._optimizer).step))
+        ):
             args = (closure, *args)
         if self._generators is None:
             return step(self._optimizer, *args, **kwargs)
@@ -62,6 +67,15 @@ class InnerStep:
     def with_common_generators(self) -> contextlib.AbstractContextManager[None]:
         """Let random numbers drawn within be the same on all ranks, if the class is not torch's."""
         return contextlib.nullcontext() if self._generators is None else self._generators.used()
+
+    def generators(self) -> dict[str, Any]:
+        """Return the states of the common generators, if the class has drawn from them, as plain values."""
+        return {} if self._generators is None else self._generators.states()
+
+    def load_generators(self, states: Mapping[str, Any]) -> None:
+        """Draw on from what :meth:`generators` returned."""
+        if self._generators is not None and states:
+            self._generators.load(states)
 
     @contextlib.contextmanager
     def _gradients_without_graph(self, closure: object) -> Iterator[None]:
@@ -88,7 +102,7 @@ class _CommonGenerators:
     def __init__(self, optimizer: Optimizer, share: Callable[[Any], Any]) -> None:
         devices = {p.device for p in parameters_of(optimizer)}
         self._devices = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
-        self._states = share(self._read())
+        self._states = self._at_start = share(self._read())
         own = [value for value in vars(optimizer).values() if isinstance(value, (torch.Generator, random.Random))]
         for generator, state in zip(own, share([_state_of(generator) for generator in own]), strict=True):
             _set_state(generator, state)
@@ -105,6 +119,35 @@ class _CommonGenerators:
             self._states = self._read()
             self._write(self._outside)
             self._outside = None
+
+    def states(self) -> dict[str, Any]:
+        """Return those that were drawn from, as plain values."""
+        (cpu, devices, pythons, numpys), start = self._states, self._at_start
+        drawn: dict[str, Any] = {}
+        if not torch.equal(cpu, start[0]):
+            drawn["torch"] = cpu.clone()
+        if any(not torch.equal(now, before) for now, before in zip(devices, start[1], strict=True)):
+            drawn["devices"] = [state.cpu().clone() for state in devices]
+        if pythons != start[2]:
+            drawn["python"] = [pythons[0], list(pythons[1]), pythons[2]]
+        if numpys and repr(numpys) != repr(start[3]):
+            drawn["numpy"] = [numpys[0], numpys[1].tolist(), *numpys[2:]]
+        return drawn
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        """Go on with these."""
+        cpu, devices, pythons, numpys = self._states
+        if "torch" in states:
+            cpu = states["torch"].clone()
+        if "devices" in states and len(states["devices"]) == len(self._devices):
+            devices = states["devices"]
+        if "python" in states:
+            version, numbers, gauss = states["python"]
+            pythons = version, tuple(numbers), gauss
+        if "numpy" in states and numpys:
+            kind, numbers, *rest = states["numpy"]
+            numpys = (kind, _as_numpy(numbers), *rest)
+        self._states = [cpu, devices, pythons, numpys]
 
     def outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that draws from this rank's own generators."""
@@ -140,10 +183,29 @@ class _CommonGenerators:
             numpy.random.set_state(numpys)
 
 
+def _as_numpy(numbers: Sequence[int]) -> Any:
+    return cast("Any", sys.modules["numpy"]).array(numbers, dtype="uint32")
+
+
 def step_of(optimizer: Optimizer) -> Callable[..., Any]:
-    """Return the step of an optimizer's class beneath the hooks that torch puts around it."""
+    """Return the step of an optimizer's class, or of this object, beneath the hooks that torch puts around it."""
+    if has_own_step(optimizer):
+        return functools.partial(_step_of_its_own, vars(optimizer)["step"])
     step: Any = type(optimizer).step
     return cast("Callable[..., Any]", step.__wrapped__ if getattr(step, "hooked", False) else step)
+
+
+def _step_of_its_own(own: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the step of one object without its hooks, which have run."""
+    hooks = {name: vars(optimizer)[name] for name in _HOOKS if name in vars(optimizer)}
+    vars(optimizer).update({name: OrderedDict() for name in hooks})
+    try:
+        return own(*args, **kwargs)
+    finally:
+        vars(optimizer).update(hooks)
+
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

@@ -8,20 +8,27 @@ A state dict of the wrapper has them under ``"attributes"``, which torch passes 
 classes keep nothing elsewhere.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpoptim.divisibility import is_known, nested_optimizers
+from dpoptim.divisibility import is_known, nested_optimizers, slots_of
+from dpoptim.inner_step import InnerStep
 
-__all__ = ["KeptAttributes"]
+__all__ = ["KeptAttributes", "aliases_kept"]
 
 _NOT_KEPT = ("state", "param_groups", "defaults", "step")
+# Key of the generators' states among the attributes.
+_GENERATORS = "(generators)"
+# How deep objects are looked into for what has changed.
+_MAX_DEPTH = 4
 _PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -32,10 +39,13 @@ class KeptAttributes:
     ----------
     optimizer : Optimizer
         Whose numbers and tensors are noted now: what has changed later is state.
+    inner_step : InnerStep
+        Has the generators that the class draws from, which are state too.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, inner_step: InnerStep) -> None:
         self._optimizer = optimizer
+        self._inner_step = inner_step
         self._at_start: dict[str, Any] = {}
         if not is_known(type(optimizer)):
             self._at_start = {
@@ -54,8 +64,8 @@ class KeptAttributes:
             start = self._at_start.get(key)
             if _is_data(value):
                 if isinstance(start, _Other) or not _same(value, start):
-                    kept[key] = copy.deepcopy(value)
-            elif _has_tensors(value) and not (isinstance(start, _Other) and start.was_so(value)):
+                    kept[key] = list(copy.deepcopy(value)) if isinstance(value, deque) else copy.deepcopy(value)
+            elif not (start.was_so(value) if isinstance(start, _Other) else _traits(value) is None):
                 warnings.warn(
                     f"{type(self._optimizer).__name__} keeps state in its attribute '{key}' that can't be saved: a "
                     "resumed training may go on otherwise",
@@ -63,6 +73,8 @@ class KeptAttributes:
                 )
         for key, nested in self._nested().items():
             kept[key] = nested.state_dict()
+        if generators := self._inner_step.generators():
+            kept[_GENERATORS] = generators
         return {"attributes": kept} if kept else {}
 
     def load(self, attributes: Mapping[str, Any]) -> None:
@@ -75,13 +87,17 @@ class KeptAttributes:
                 inner.load_state_dict(value)
                 if len(groups) == len(inner.param_groups):
                     inner.param_groups = groups  # they share them
+            elif key == _GENERATORS:
+                self._inner_step.load_generators(value)
             else:
-                vars(self._optimizer)[key] = copy.deepcopy(value)
+                setattr(self._optimizer, key, _in_kind_of(getattr(self._optimizer, key, None), copy.deepcopy(value)))
 
     def _own(self) -> list[tuple[str, Any]]:
+        optimizer = self._optimizer
+        slots = [(name, getattr(optimizer, name)) for name in slots_of(optimizer)]
         return [
             (key, value)
-            for key, value in vars(self._optimizer).items()
+            for key, value in [*vars(optimizer).items(), *slots]
             if key not in _NOT_KEPT and not key.startswith(("_optimizer_", "_zero_grad", "_opt_called", "_warned"))
         ]
 
@@ -91,31 +107,71 @@ class KeptAttributes:
         return {key: inner for key, inner in nested.items() if inner.state is not self._optimizer.state}
 
 
+@contextlib.contextmanager
+def aliases_kept(optimizer: Optimizer) -> Iterator[None]:
+    """Let groups that have a list or dict in common have one in common after a state was loaded within, if it is equal.
+
+    Some classes give each group the same list to remember something in.
+    """
+    before = [
+        {key: id(value) for key, value in group.items() if key != "params" and isinstance(value, (list, dict))}
+        for group in optimizer.param_groups
+    ]
+    yield
+    first: dict[int, Any] = {}
+    for ids, group in zip(before, optimizer.param_groups, strict=False):
+        for key, identity in ids.items():
+            value = first.setdefault(identity, group.get(key))
+            if key in group and value is not group[key] and _same(value, group[key]):
+                group[key] = value
+
+
 class _Other:
-    """Stands for a value that is not data, as it was at the start."""
+    """Stands for a value that is not data, as it was at the start: its size, and the numbers in what it consists of."""
 
     def __init__(self, value: Any) -> None:
-        self._size = len(value) if hasattr(value, "__len__") else None
+        self._traits = _traits(value)
 
     def was_so(self, value: Any) -> bool:
-        return self._size == (len(value) if hasattr(value, "__len__") else None)
+        return bool(self._traits == _traits(value))
+
+
+def _traits(value: Any, depth: int = 0) -> Any:
+    """Return numbers and texts that a value holds, by which a change of it is seen."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return None if isinstance(value, torch.nn.Parameter) else value._version
+    if depth == _MAX_DEPTH or isinstance(value, (torch.nn.Module, Optimizer, torch.Generator)) or callable(value):
+        return None
+    if isinstance(value, dict):
+        return len(value), [_traits(one, depth + 1) for one in value.values()]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return len(value), [] if isinstance(value, (set, frozenset)) else [_traits(one, depth + 1) for one in value]
+    held = getattr(value, "__dict__", None) or {name: getattr(value, name) for name in slots_of(value)}
+    return len(value) if hasattr(value, "__len__") else None, [_traits(one, depth + 1) for one in held.values()]
+
+
+def _in_kind_of(present: Any, value: Any) -> Any:
+    """Return data as what stands in its place: a state dict has plain lists and dicts instead of their kin."""
+    if isinstance(present, dict) and isinstance(value, dict):
+        values = {key: _in_kind_of(present.get(key), one) for key, one in value.items()}
+        if type(present) is dict:
+            return values
+        made = copy.copy(present)
+        made.clear()
+        made.update(values)
+        return made
+    return deque(value, present.maxlen) if isinstance(present, deque) else value
 
 
 def _is_data(value: Any) -> bool:
     """Whether a value is made of numbers, texts and tensors."""
     if isinstance(value, dict):
         return all(isinstance(key, (str, int)) and _is_data(one) for key, one in value.items())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return all(map(_is_data, value))
     return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter))
-
-
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_tensors(one) for one in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -123,6 +179,6 @@ def _same(mine: Any, theirs: Any) -> bool:
         return isinstance(mine, Tensor) and isinstance(theirs, Tensor) and torch.equal(mine, theirs)
     if isinstance(mine, dict) and isinstance(theirs, dict):
         return mine.keys() == theirs.keys() and all(_same(mine[key], theirs[key]) for key in mine)
-    if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)):
+    if isinstance(mine, (list, tuple, deque)) and isinstance(theirs, (list, tuple, deque)):
         return len(mine) == len(theirs) and all(map(_same, mine, theirs))
     return bool(mine == theirs) and type(mine) is type(theirs)

@@ -26,7 +26,7 @@ def layer_error(parameters: Sequence[Tensor], names: Sequence[str], module: nn.M
         name, max_norm = by_identity.get(id(layer.weight)), getattr(layer, "max_norm", None)
         if name is not None and max_norm is not None:
             which = f"parameter '{name}' is the weight of an {type(layer).__name__}"
-            return renormalisation_error(which, max_norm, layer.norm_type)
+            return renormalisation_error(which, max_norm, getattr(layer, "norm_type", 2.0))
     num_local = sum(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
     has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if num_local and not has_group:

@@ -21,7 +21,7 @@ from dpoptim.divided_reducer import DividedReducer
 from dpoptim.errors import raised_on_all_ranks
 from dpoptim.hyper_parameters import HyperParameters
 from dpoptim.inner_step import InnerStep
-from dpoptim.kept_attributes import KeptAttributes
+from dpoptim.kept_attributes import KeptAttributes, aliases_kept
 from dpoptim.normal_tensors import normal_tensors
 from dpoptim.overlap import has_spare_cores, try_overlap
 from dpoptim.preconditions import (
@@ -204,7 +204,7 @@ class DataParallelOptimizer(Optimizer):
             self._broadcast([t for t in (*module.parameters(), *module.buffers()) if id(t) not in own])
         is_alone = self._communicator.world_size == 1
         self._inner_step = InnerStep(optimizer, None if is_alone else self._communicator.broadcast_object)
-        self._kept_attributes = KeptAttributes(optimizer)
+        self._kept_attributes = KeptAttributes(optimizer, self._inner_step)
         self._divided = divided(
             optimizer,
             self._communicator,
@@ -331,7 +331,7 @@ class DataParallelOptimizer(Optimizer):
         """Reset all gradients, as the wrapped optimizer does; nothing while they are being accumulated."""
         if self._reducer.num_accumulated:
             return
-        is_torchs = type(self._optimizer).zero_grad is Optimizer.zero_grad
+        is_torchs = getattr(self._optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         if set_to_none and is_torchs and not torch._C._autograd._profiler_enabled():
             # Without its mark for the profiler and its look at each gradient, which take longer than this.
             for parameter in self._parameters():
@@ -376,6 +376,7 @@ class DataParallelOptimizer(Optimizer):
         check_alike(self._communicator, self._optimizer, self._names(), {})
         self._broadcast(self._parameters()[num_before:])
         self._take_over_parameters(num_before)
+        self._reducer.reduce_new(num_before)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, which is compared with the optimizer before anything is changed; local.
@@ -391,10 +392,11 @@ class DataParallelOptimizer(Optimizer):
         hooks = cast("OrderedDict[int, Any]", self._optimizer_load_state_dict_pre_hooks)
         hooks[_LAST_HOOK] = self._check_loadable
         try:
-            if _overrides(self._optimizer, "load_state_dict"):
-                self._optimizer.load_state_dict(state_dict)
-            else:
-                super().load_state_dict(state_dict)
+            with aliases_kept(self._optimizer):
+                if _overrides(self._optimizer, "load_state_dict"):
+                    self._optimizer.load_state_dict(state_dict)
+                else:
+                    super().load_state_dict(state_dict)
         finally:
             del hooks[_LAST_HOOK]
         self._kept_attributes.load(state_dict.get("attributes", {}))
@@ -604,11 +606,12 @@ class DataParallelOptimizer(Optimizer):
             return
         if self._divided is not None:
             self._reducer.meet("detaching the optimizer", 1.0)
-            form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=False)
-            assert form is not None
-            self._divided.release()
-            self._divided = None
-            load_full_form(self, form)
+            with self._groups_as_taken_over():
+                form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=False)
+                assert form is not None
+                self._divided.release()
+                self._divided = None
+                load_full_form(self, form)
         forget(self)
         self._reducer.detach()
         del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[FIRST_HOOK]
@@ -684,7 +687,8 @@ class DataParallelOptimizer(Optimizer):
             load_full_form(self, form)
             return
         groups = groups_of(form, self.param_groups)
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        with aliases_kept(self._optimizer):
+            super().load_state_dict({"state": {}, "param_groups": groups})
         self._kept_attributes.load(form.get("attributes", {}))
         self._divided.load_form(form, unique_names(self.param_groups, self._names()))
 
@@ -766,11 +770,16 @@ class DataParallelOptimizer(Optimizer):
     def _reduce_before_step(self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce what backward could not, before the user's step hooks see the gradients."""
         if stepped is not self:
+            if self._divided is not None and not self._divided.is_stepping:
+                raise RuntimeError(
+                    f"the step of the wrapped {type(stepped).__name__} was called: each rank has a part of the "
+                    "gradients and of the state alone, so call step() of the DataParallelOptimizer"
+                )
             return  # the wrapped class's step calls that of its parent, which runs the hooks once more
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         check_closure(self._optimizer, closure)
-        check_same_parameters(self._parameters(), self._taken_over)
-        if self.mode == "node-shared":
+        check_same_parameters(self.param_groups, self._taken_over, are_divided=self._divided is not None)
+        if self._divided is not None:
             check_not_stepped_by_another(self)
         if closure is None:
             self._reducer.finish()
@@ -778,13 +787,32 @@ class DataParallelOptimizer(Optimizer):
     def _take_over_parameters(self, start: int) -> None:
         """Reduce, and divide, the parameters from this one on, which are equal on all ranks; collective."""
         parameters, names = self._parameters(), self._names()
-        self._taken_over = parameters
+        self._taken_over = [list(group["params"]) for group in self.param_groups]
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         known = set(map(id, self._reducer.all_buckets))
         self._reducer.add_parameters(parameters[start:], names[start:], groups[start:])
         if self._divided is not None:
             new = [bucket for bucket in self._reducer.all_buckets if id(bucket) not in known]
             self._divided.add(new, parameters, groups, names)
+
+    @contextlib.contextmanager
+    def _groups_as_taken_over(self) -> Iterator[None]:
+        """Have the parameters in the groups within that are divided, whatever the user has made of the groups since."""
+        groups = self._optimizer.param_groups
+        now = [group["params"] for group in groups]
+        if list(map(len, now)) == list(map(len, self._taken_over)) and all(
+            own is known
+            for members, others in zip(now, self._taken_over, strict=True)
+            for own, known in zip(members, others, strict=True)
+        ):
+            yield
+            return
+        options = {key: value for key, value in (groups or [self.defaults])[0].items() if key != "param_names"}
+        self._optimizer.param_groups = [{**options, "params": members} for members in self._taken_over]
+        try:
+            yield
+        finally:
+            self._optimizer.param_groups = groups
 
     def _divide_state(self) -> None:
         """Keep this rank's part of the wrapped optimizer's state, if it is divided and new; local."""

@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -296,12 +297,29 @@ def check_closure(optimizer: Optimizer, closure: object) -> None:
         raise raised_on_all_ranks(TypeError(message))
 
 
-def check_same_parameters(parameters: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced. Local."""
-    if len(parameters) == len(known) and all(map(is_, parameters, known)):
+def check_same_parameters(
+    groups: Sequence[Mapping[str, Any]], known: Sequence[Sequence[Tensor]], *, are_divided: bool
+) -> None:
+    """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced. Local.
+
+    Where they are divided, each must be in the group that it was in.
+    """
+    now = [group["params"] for group in groups]
+    if len(now) == len(known) and all(
+        len(members) == len(others) and all(map(is_, members, others))
+        for members, others in zip(now, known, strict=True)
+    ):
         return
-    place = next((i for i, (a, b) in enumerate(zip(parameters, known, strict=False)) if a is not b), None)
-    what = f"{len(known)} became {len(parameters)}" if place is None else f"parameter {place} is another tensor now"
+    parameters, before = list(chain.from_iterable(now)), list(chain.from_iterable(known))
+    if len(parameters) == len(before) and all(map(is_, parameters, before)):
+        if not are_divided:
+            return
+        raise RuntimeError(
+            "parameters were moved to another group, which a divided step does not follow: detach() this optimizer, on "
+            "all ranks, and wrap it anew"
+        )
+    place = next((i for i, (a, b) in enumerate(zip(parameters, before, strict=False)) if a is not b), None)
+    what = f"{len(before)} became {len(parameters)}" if place is None else f"parameter {place} is another tensor now"
     raise RuntimeError(
         f"param_groups must keep the parameters that were wrapped, but {what}: add parameters with add_param_group(); "
         "to replace or remove some, detach() this optimizer first, on all ranks, and wrap the changed one anew"
@@ -311,21 +329,23 @@ def check_same_parameters(parameters: Sequence[Tensor], known: Sequence[Tensor])
 def check_not_stepped_by_another(optimizer: Optimizer) -> None:
     """Raise ``RuntimeError`` if the step of an optimizer is called by one that has it as its own part. Local.
 
-    Lookahead and its kind write to all parameters around the step, on every rank.
+    Lookahead and its kind read all gradients or write to all parameters around the step, on every rank.
     """
     frame = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame.f_back is None:
             return
         frame = frame.f_back
-        outer = frame.f_locals.get("self")
-        if frame.f_code.co_name != "step" or outer is None or outer is optimizer or not hasattr(outer, "param_groups"):
+        code = frame.f_code
+        outer = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "step" and code.co_argcount else None
+        if outer is None or outer is optimizer or not hasattr(outer, "param_groups"):
             continue
         if type(outer).__module__.split(".")[0] in _ONLY_PASS_ON:
             continue
         raise RuntimeError(
-            f"{type(outer).__name__} steps this DataParallelOptimizer and may write to all parameters on every rank, "
-            "which with node_shared=True lie once a node: use shard=True, or neither"
+            f"{type(outer).__name__} steps this DataParallelOptimizer and may read all gradients or write to all "
+            "parameters around the step, while each rank has a part of them alone: wrap it the other way round, "
+            f"DataParallelOptimizer({type(outer).__name__}(...)), or leave out shard and node_shared"
         )
 
 

@@ -333,6 +333,23 @@ class Reducer:
         """Take gradients as not reduced again: a closure may run several times in one step."""
         self._reduced_since_step = False
 
+    @torch.no_grad()
+    def reduce_new(self, start: int) -> None:
+        """Make gradients the mean over ranks that the parameters from ``start`` on had already; collective."""
+        if self.communicator.world_size == 1:
+            return
+        own = [parameter.grad is not None for parameter in self._parameters[start:]]
+        everybody = self.communicator.all_gather_object((own, self.batch_weight))
+        total_weight = sum(weight for _, weight in everybody)
+        for index in range(start, len(self._parameters)):
+            if any(had[index - start] for had, _ in everybody):
+                if self.accumulate > 1:
+                    message = (
+                        f"{self._describe(index)} has a gradient already: with accumulate add it after zero_grad()"
+                    )
+                    raise raised_on_all_ranks(RuntimeError(message))
+                self._reduce_outsider(index, self.batch_weight / total_weight)
+
     def detach(self) -> None:
         """Take the hooks off the parameters, which stay as they are; not collective."""
         self.is_detached = True
@@ -346,7 +363,7 @@ class Reducer:
 
     def on_gradient(self, index: int, _: Tensor) -> None:
         """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
-        if self._parameters[index].grad is None:
+        if self._parameters[index].grad is None and len(self._parameters[index]._post_accumulate_grad_hooks or ()) > 1:
             raise RuntimeError(
                 f"the gradient of {self._describe(index)} was taken away before it could be reduced, by a hook of "
                 "register_post_accumulate_grad_hook, as optimizers that step within backward() do: each rank would "
@@ -651,19 +668,19 @@ class Reducer:
         self._is_dense = _dense_somewhere(reports, self._sparse_dims)
         for index in self._had_anywhere:
             if index in self._is_dense or not (index in self._place or index in self._sparse_dims):
-                self._reduce_outsider(index)
+                self._reduce_outsider(index, self._scale, is_planned=index in self._place)
 
-    def _reduce_outsider(self, index: int) -> None:
+    def _reduce_outsider(self, index: int, scale: float, *, is_planned: bool = False) -> None:
         parameter = self._parameters[index]
         gradient, summed = parameter.grad, None
-        if index in self._place:  # what was dense has been summed
+        if is_planned:  # what was dense has been summed
             bucket, position = self._place[index]
             summed = bucket.reduced(position)
             gradient = gradient if gradient is not None and gradient.is_sparse else None
         if gradient is not None and gradient.is_sparse:
             gradient = gradient.to_dense()
         alone = Bucket([index], [_like_gradient(parameter)])
-        alone.pack([gradient], self._scale or 0.0)
+        alone.pack([gradient], scale)
         self._comm_hook(self.communicator, alone).wait()
         mean = _in_layout_of(parameter, alone.reduced(0))
         if summed is not None:

@@ -9,7 +9,13 @@ this rank owns of a bucket, or a run of it. Elementwise optimizers give each ele
 stepped whole, so that one call steps hundreds of small tensors. All parameters of a unit must be alike: of one group,
 and of one history of gradients, since torch skips a parameter without one, and ``step`` counts on. A unit of which
 only some have a gradient is cut where that changes, with its state, and stays cut. Where parameters are divided whole,
-each one that this rank owns is a unit.
+each one that this rank owns is a unit, the user's own object: a class may know it by its identity or its attributes.
+
+Note [What other classes do to units]
+-------------------------------------
+A class from elsewhere may give a parameter other memory (``p.data = ...``) instead of writing to it: the values are
+copied to where they belong. It may keep a gradient: it is given one that nobody writes to later. It may step all
+parameters that it has, rather than those in its groups: those that this rank does not own have no gradient meanwhile.
 
 Note [Where units lie]
 ----------------------
@@ -131,6 +137,9 @@ class ShardedStep:
             ):
                 step = self._fused_step
             step()
+            if not self._is_known:
+                for part, units in zip(self._parts, active, strict=True):
+                    part.take_back(units)
         return groups
 
     def _are_momenta_alike(self, active: Sequence[Sequence["_Unit"]]) -> bool:
@@ -153,15 +162,25 @@ class ShardedStep:
         optimizer, outer_state = self._optimizer, self.outer_state
         groups = optimizer.param_groups
         parameters = [group["params"] for group in groups]
-        for group in groups:
-            group["params"] = []
+        stand_ins: list[list[Tensor]] = [[] for _ in groups]
         for part, units in zip(self._parts, active, strict=True):
-            groups[part.group]["params"] += [unit.tensor for unit in units]
+            stand_ins[part.group] += [unit.tensor for unit in units]
+        for group, tensors in zip(groups, stand_ins, strict=True):
+            group["params"] = list(tensors)
         self._state.update(outer_state)
         optimizer.state = self._state
+        hidden = [] if self._is_known or self._by_element else self._hide_gradients(active)
         try:
             yield
+            for group, tensors in zip(optimizer.param_groups, stand_ins, strict=True):
+                if not self._is_known and list(map(id, group["params"])) != list(map(id, tensors)):
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} puts other tensors into its groups instead of parameters, so that "
+                        "it can't be divided among ranks: leave out shard and node_shared"
+                    )
         finally:
+            for parameter, gradient in hidden:
+                parameter.grad = gradient
             for group, own in zip(optimizer.param_groups, parameters, strict=True):
                 group["params"] = own
             self._state, optimizer.state = optimizer.state, outer_state
@@ -169,9 +188,21 @@ class ShardedStep:
                 outer_state.update({key: value for key, value in self._state.items() if not isinstance(key, Tensor)})
             for key in outer_state:
                 self._state.pop(key, None)
-            for units in active:
-                for unit in units:
-                    unit.tensor.grad = None
+            if self._by_element:
+                for units in active:
+                    for unit in units:
+                        unit.tensor.grad = None
+
+    def _hide_gradients(self, active: Sequence[Sequence["_Unit"]]) -> list[tuple[Tensor, Tensor]]:
+        """Take their gradients from parameters that are not stepped here, and return both."""
+        stepped = {id(unit.tensor) for units in active for unit in units}
+        hidden = []
+        for part in self._parts:
+            for parameter in part.parameters:
+                if parameter.grad is not None and id(parameter) not in stepped:
+                    hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
+        return hidden
 
     def parts(self, buckets: Sequence[Bucket]) -> "list[Part]":
         """Return what stands for the parameters of these buckets when owners exchange them."""
@@ -327,6 +358,7 @@ class _Unit:
     def __init__(self, pieces: Sequence[Piece], tensor: Tensor) -> None:
         self.pieces = list(pieces)
         self.tensor = tensor
+        self.memory = tensor.detach()  # where its values belong
         self.start = self.pieces[0].offset
 
 
@@ -377,7 +409,7 @@ class Part:
         """Return one unit for each run of pieces of one kind, or for each parameter if they are not cut."""
         pieces = self.bucket.own_pieces
         if not self._by_element:
-            return [self._unit([piece], self.parameters[piece.position].detach()) for piece in pieces]
+            return [_Unit([piece], self.parameters[piece.position]) for piece in pieces]
         if self._lies_apart:
             return [
                 self._unit([piece], _flat_piece(self.parameters[piece.position].detach(), piece)) for piece in pieces
@@ -388,22 +420,20 @@ class Part:
         return [self._unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in _runs(pieces, kinds)]
 
     def _unit(self, pieces: Sequence[Piece], tensor: Tensor) -> _Unit:
-        """Return a unit of this memory; a parameter with its attributes, if the class of the optimizer may look."""
+        """Return a unit of this memory; a parameter, if the class of the optimizer may look."""
         if self._are_parameters:
             tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
-            if not self._by_element:
-                vars(tensor).update(vars(self.parameters[pieces[0].position]))
         return _Unit(pieces, tensor)
 
     def load(self, units: Sequence[_Unit], state: Any) -> None:
         """Give the units what the parameters and the gradients are now."""
         self.load_values(state)
-        gradients = [parameter.grad for parameter in self.parameters]
         if not self._by_element:
-            for unit in units:
-                unit.tensor.grad = gradients[unit.pieces[0].position]
             return
-        own = self.bucket.own_gradients(gradients)
+        own = self.bucket.own_gradients([parameter.grad for parameter in self.parameters])
+        if self._are_parameters:
+            own = own.clone()
+            self._check_attributes()
         for unit in units:
             unit.tensor.grad = own[unit.start : unit.start + unit.tensor.numel()]
 
@@ -413,6 +443,26 @@ class Part:
         if self._by_element and self._mirror is not None:
             self._mirror.copy_in(self.parameters)
             self._is_loaded = True
+
+    @torch.no_grad()
+    def take_back(self, units: Sequence[_Unit]) -> None:
+        """Copy the values of units that were given other memory to where they belong, and let them lie there again."""
+        if not self._by_element and self._home is None:
+            return  # the user's own parameters, which may lie anywhere
+        for unit in units:
+            if unit.tensor.data_ptr() != unit.memory.data_ptr():
+                unit.memory.copy_(unit.tensor.detach())
+                unit.tensor.data = unit.memory
+
+    def _check_attributes(self) -> None:
+        """Raise if a parameter has got an attribute since it was cut: its units have none."""
+        found = next((vars(parameter) for parameter in self.parameters if vars(parameter)), None)
+        if found:
+            raise RuntimeError(
+                f"a parameter has got the attribute {next(iter(found))!r} since the optimizer was constructed, which "
+                "divides parameters by element, so that its class can't see it: set it before, and parameters stay "
+                "whole, or leave out shard and node_shared"
+            )
 
     def to_gather(self) -> Outputs:
         """Return flat tensors of which each owner has its part ready, and the elements of every owner's part.
@@ -452,19 +502,18 @@ class Part:
 
     def _follow_moves(self, state: Any) -> None:
         """Let units that are views of parameters follow them to other memory."""
-        if self._by_element and not self._lies_apart:
-            return  # they are views of memory of this object's
+        if not self._lies_apart:
+            return  # they are parameters, or views of memory of this object's
         self._note_moves()
-        if self._are_units_in_place:
+        if self._are_units_in_place or not self._by_element:
             return
         self._are_units_in_place = True
         for unit in self.units:
             piece = unit.pieces[0]
-            parameter = self.parameters[piece.position].detach()
-            now = _flat_piece(parameter, piece) if self._by_element else parameter
+            now = _flat_piece(self.parameters[piece.position].detach(), piece)
             if now.data_ptr() != unit.tensor.data_ptr():
                 entry = state.pop(unit.tensor, None)
-                unit.tensor = self._unit(unit.pieces, now).tensor
+                unit.tensor, unit.memory = self._unit(unit.pieces, now).tensor, now
                 if entry is not None:
                     state[unit.tensor] = entry
 

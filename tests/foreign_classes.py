@@ -1,20 +1,30 @@
 """Small optimizers that do what classes from outside of torch do: each stands for a kind."""
 
+import collections
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "AdamOfGroups",
+    "Containers",
     "CountsInItself",
     "Coupled",
+    "GivesMemory",
+    "GivesMemoryByElement",
+    "KeepsGradients",
+    "KnowsItsParameters",
     "Lookahead",
     "OwnLoading",
     "Perturbs",
     "Random",
     "SecondOrder",
+    "SharesAList",
     "Slow",
     "StateFromTheStart",
     "StateOfNobody",
+    "StepsAllThatItKnows",
+    "Switched",
     "Takes",
     "TrustRatio",
     "Wrapper",
@@ -269,3 +279,114 @@ class Lookahead(Wrapper):
             for p, slow in self.slow.items():
                 slow.lerp_(p, 0.5)
                 p.data.copy_(slow)
+
+
+class GivesMemory(_Plain):
+    """Gives parameters other memory instead of writing to it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group, p in self._trained():
+            if p.dim() == 2:
+                p.data = p.detach() - group["lr"] * p.grad
+            elif p.numel() % 2:
+                p.set_(p.detach() - group["lr"] * p.grad)
+            else:
+                torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach() - group["lr"] * p.grad))
+
+
+class GivesMemoryByElement(GivesMemory):
+    """Does so, and may be divided by element."""
+
+    is_elementwise = True
+
+
+class KnowsItsParameters(_Plain):
+    """Treats parameters otherwise that it knows from its construction, by themselves or by an attribute."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.some = {id(p) for group in self.param_groups for p in group["params"][::2]}
+        self.names = {p: number for group in self.param_groups for number, p in enumerate(group["params"])}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group, p in self._trained():
+            rate = group["lr"] * (0.1 if id(p) in self.some else 1.0) * getattr(p, "factor", 1.0)
+            p.sub_(p.grad, alpha=rate * (1 + self.names[p]))
+
+
+class StepsAllThatItKnows(_Plain):
+    """Does not ask its groups what to step."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.all = [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.all:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+class KeepsGradients(_Plain):
+    """Keeps the gradient that it was given, not a copy."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group, p in self._trained():
+            before = self.state[p].get("before")
+            p.sub_(p.grad if before is None else p.grad + 0.5 * before, alpha=group["lr"])
+            self.state[p]["before"] = p.grad
+
+
+class Containers(_Plain):
+    """Counts in attributes of other classes than torch's checkpoints know."""
+
+    __slots__ = ("num_steps",)
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.num_steps = 0
+        self.counts = collections.defaultdict(int)
+        self.last = collections.deque(maxlen=3)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.num_steps += 1
+        self.counts[f"of {self.num_steps % 4}"] += 1
+        self.last.append(self.num_steps)
+        factor = 1 / (self.num_steps + sum(self.last) + self.counts["of 1"])
+        for group, p in self._trained():
+            p.sub_(p.grad, alpha=group["lr"] * factor)
+
+
+class SharesAList(_Plain):
+    """Remembers in a list that all groups have in common."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr, memory=[])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["memory"].append(group["lr"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=sum(group["memory"]) / len(group["memory"]))
+
+
+class Switched(_Plain):
+    """Couples parameters where an option of the group says so."""
+
+    def __init__(self, params, lr=0.1, clip=0.0):
+        super().__init__(params, lr, clip=clip)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in members]).norm() if group["clip"] and members else 1.0
+            for p in members:
+                p.sub_(p.grad / norm, alpha=group["lr"])

@@ -219,6 +219,171 @@ def test_another_layout_of_what_is_stepped_in_its_place_is_an_error(world):
         opt.step()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_change_their_group(world, mode):
+    def groups(parameters):
+        return [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.5}]
+
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(_net), seeded(_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(groups(list(model.parameters())), lr=0.1), **MODES[mode])
+    plain = torch.optim.SGD(groups(list(expected.parameters())), lr=0.1)
+    for optimizer in (opt, plain):
+        first, second = optimizer.param_groups
+        first["params"].append(second["params"].pop(0))
+    batch = joined_batch(0, sizes)
+    if mode == "replicated":
+        train(opt, model, local_part(batch, sizes, world.rank))
+        train(plain, expected, batch)
+        assert_same_parameters(model, expected)
+    else:
+        with pytest.raises(RuntimeError, match="parameters were moved to another group"):
+            train(opt, model, local_part(batch, sizes, world.rank))
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", [_replace, _append, _remove, _remove_group])
+def test_an_optimizer_with_other_groups_can_be_detached(world, mode, change):
+    model, opt, expected, plain = _pair("SGD", {"lr": 0.1, "momentum": 0.9}, mode)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]})
+    _step(world, 0, model, opt, expected, plain)
+    change(opt)
+    opt.detach()
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        buffer = opt.state[parameter]["momentum_buffer"]
+        torch.testing.assert_close(buffer, plain.state[other]["momentum_buffer"])
+
+
+def _square_net():
+    return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+
+def _backward(world, step, model, expected):
+    sizes = part_sizes(world.size, equal=True)
+    batch = joined_batch(step, sizes)
+    model(local_part(batch, sizes, world.rank)).pow(2).mean().backward()
+    expected(batch).pow(2).mean().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_gradients_that_are_given_to_another_parameter(world, mode, is_shared):
+    model, expected = seeded(_square_net), seeded(_square_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), **MODES[mode])
+    plain = torch.optim.SGD(expected.parameters(), lr=0.1)
+    _backward(world, 0, model, expected)
+    for net in (model, expected):
+        first, second = net[0].weight, net[2].weight
+        first.grad, second.grad = second.grad, second.grad if is_shared else first.grad
+    plain.step()
+    if mode == "replicated":
+        opt.step()
+        assert_same_parameters(model, expected)
+    else:
+        with pytest.raises(RuntimeError, match="'0 of group 0' was given the gradient of parameter '2 of group 0'"):
+            opt.step()
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", ["sharded", "node-shared"])
+@pytest.mark.parametrize("clears", ["opt", "model", "in place"])
+def test_a_program_that_sees_the_infinite_elements_and_leaves_out_its_steps_is_told(world, mode, clears):
+    model, expected = seeded(_square_net), seeded(_square_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), **MODES[mode])
+    _backward(world, 0, model, expected)  # twice: what is added to is no step left out
+    _backward(world, 0, model, expected)
+    opt.step()
+    opt.zero_grad()
+    _backward(world, 1, model, expected)
+
+    def leave_out():
+        if clears == "opt":
+            opt.zero_grad()
+        elif clears == "in place":
+            for parameter in model.parameters():
+                parameter.grad.zero_()
+            opt.step()
+        else:
+            model.zero_grad()
+            _backward(world, 2, model, expected)
+
+    with pytest.warns(UserWarning, match="If the program has looked at them first: each rank has the mean of its own"):
+        leave_out()
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", ["sharded", "node-shared"])
+def test_the_wrapped_optimizer_is_not_stepped_by_itself(world, mode):
+    model = seeded(_net)
+    inner = dpoptim.SGD(model.parameters(), lr=0.1)
+    opt = dpoptim.DataParallelOptimizer(inner, **MODES[mode])
+    with pytest.raises(RuntimeError, match="the step of the wrapped SGD was called"):
+        inner.step()
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_group_that_is_added_when_it_has_gradients(world, mode, again):
+    model, expected = seeded(_square_net), seeded(_square_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model[:3].parameters(), lr=0.1, momentum=0.9), **MODES[mode])
+    plain = torch.optim.SGD(expected[:3].parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        _backward(world, step, model, expected)
+        if step == 1:
+            opt.add_param_group({"params": list(model[4].parameters())})
+            plain.add_param_group({"params": list(expected[4].parameters())})
+        if again:
+            _backward(world, 5 + step, model, expected)
+        for optimizer in (opt, plain):
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 0:
+            model.zero_grad()
+            expected.zero_grad()
+        assert_same_parameters(model, expected, step)
+    check_replicas(opt.communicator, model.named_parameters())
+    opt.detach()
+
+
+class _ForSome(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, has_gradient):
+        ctx.has_gradient = has_gradient
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, torch.ones(5, 5, dtype=torch.float64) if ctx.has_gradient else None, None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["nowhere", "on one rank"])
+def test_a_function_that_returns_no_gradient(world, mode, overlap, where):
+    model, expected = seeded(_square_net), seeded(_square_net)
+    extra, other = (nn.Parameter(torch.ones(5, 5, dtype=torch.float64)) for _ in range(2))
+    opt = dpoptim.DataParallelOptimizer(
+        dpoptim.SGD([extra, *model.parameters()], lr=0.1), overlap=overlap, **MODES[mode]
+    )
+    plain = torch.optim.SGD([other, *expected.parameters()], lr=0.1)
+    sizes = part_sizes(world.size, equal=True)
+    for step in range(3):
+        batch = joined_batch(step, sizes)
+        has_gradient = where == "on one rank" and world.rank == 0
+        opt.zero_grad()
+        _ForSome.apply(model(local_part(batch, sizes, world.rank)), extra, has_gradient).pow(2).mean().backward()
+        opt.step()
+        plain.zero_grad()
+        expected(batch).pow(2).mean().backward()
+        other.grad = torch.full_like(other, 1 / world.size) if where == "on one rank" else None
+        plain.step()
+        assert_same_parameters(model, expected, step)
+        torch.testing.assert_close(extra, other)
+    opt.detach()
+
+
 def test_parameters_that_come_to_share_memory_are_an_error(world):
     model = seeded(_net)
     opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.01), shard=True)

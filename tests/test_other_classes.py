@@ -15,9 +15,13 @@ from dpoptim.utils.consistency import check_replicas
 
 pytestmark = [pytest.mark.parallel, pytest.mark.ranks(2, 3)]
 
-DIVIDED = ("AdamOfGroups", "CountsInItself", "StateOfNobody", "StateFromTheStart", "TrustRatio", "OwnLoading", "Takes")
+DIVIDED = (
+    *("AdamOfGroups", "CountsInItself", "StateOfNobody", "StateFromTheStart", "TrustRatio", "OwnLoading", "Takes"),
+    *("GivesMemory", "GivesMemoryByElement", "KnowsItsParameters", "KeepsGradients", "Containers", "SharesAList"),
+)
 REPLICATED = {
     "Coupled": "couples parameters",
+    "StepsAllThatItKnows": "couples parameters",
     "Random": "draws random numbers",
     "Perturbs": r"steps another optimizer \(SGD\)",
 }
@@ -178,7 +182,8 @@ def test_ours_around_theirs(world, mode):
         train(opt, model, local_part(batch, sizes, world.rank))
         train(plain, expected, batch)
         assert_same_parameters(model, expected, step)
-    assert opt.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
+    with pytest.warns(UserWarning, match="Lookahead keeps state in its attribute 'slow' that can't be saved"):
+        assert opt.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
     check_replicas(opt.communicator, model.named_parameters())
     opt.detach()
 
@@ -190,10 +195,10 @@ def test_theirs_around_ours(world, mode):
     opt = dpoptim.DataParallelOptimizer(dpoptim.AdamW(model.parameters(), lr=0.01), **MODES[mode])
     theirs = foreign_classes.Lookahead(opt)
     plain = foreign_classes.Lookahead(torch.optim.AdamW(expected.parameters(), lr=0.01))
-    if mode == "node-shared":
+    if mode != "replicated":
         model(local_part(joined_batch(0, sizes), sizes, world.rank)).pow(2).mean().backward()
         with pytest.raises(
-            RuntimeError, match="Lookahead steps this DataParallelOptimizer and may write to all parameters"
+            RuntimeError, match="Lookahead steps this DataParallelOptimizer and may read all gradients or write"
         ):
             theirs.step()
     else:
@@ -223,6 +228,135 @@ def test_state_that_can_not_be_saved_is_said(world):
     train(opt, model, torch.ones(2, 5, dtype=torch.float64))
     with pytest.warns(UserWarning, match="Masks keeps state in its attribute 'masks' that can't be saved"):
         opt.state_dict()
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_option_that_is_switched_on_later(world, mode):
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(), seeded()
+    opt = dpoptim.DataParallelOptimizer(foreign_classes.Switched(_groups(model)), **MODES[mode])
+    plain = foreign_classes.Switched(_groups(expected))
+    for step in range(4):
+        batch = joined_batch(step, sizes)
+        if step == 2:
+            opt.param_groups[0]["clip"] = plain.param_groups[0]["clip"] = 1.0
+        if step == 2 and mode != "replicated":
+            with pytest.raises(
+                ValueError, match="an option of a parameter group was switched, and Switched is no longer by element"
+            ):
+                train(opt, model, local_part(batch, sizes, world.rank))
+            break
+        train(opt, model, local_part(batch, sizes, world.rank))
+        train(plain, expected, batch)
+        assert_same_parameters(model, expected, step)
+    opt.detach()
+
+
+def test_an_attribute_that_parameters_get_later(world):
+    for kind, is_seen in ((foreign_classes.KnowsItsParameters, True), (foreign_classes.AdamOfGroups, False)):
+        sizes = part_sizes(world.size, equal=True)
+        model, expected = seeded(), seeded()
+        opt = dpoptim.DataParallelOptimizer(kind(model.parameters()), shard=True)
+        plain = kind(expected.parameters())
+        for parameters in (model.parameters(), expected.parameters()):
+            for parameter in parameters:
+                parameter.factor = 0.5
+        batch = joined_batch(0, sizes)
+        with (
+            contextlib.nullcontext() if is_seen else pytest.raises(RuntimeError, match="has got the attribute 'factor'")
+        ):
+            train(opt, model, local_part(batch, sizes, world.rank))
+            train(plain, expected, batch)
+            assert_same_parameters(model, expected)
+        opt.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [dpoptim.SGD, foreign_classes.AdamOfGroups])
+def test_a_step_of_one_object(world, mode, kind):
+    def own(optimizer):
+        step, zero_grad = optimizer.step, optimizer.zero_grad
+
+        def half_step(closure=None):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(0.5)
+            return step(closure)
+
+        def zero_grad_and_count(set_to_none=True):
+            optimizer.num_cleared = getattr(optimizer, "num_cleared", 0) + 1
+            zero_grad(set_to_none)
+
+        optimizer.step, optimizer.zero_grad = half_step, zero_grad_and_count
+        return optimizer
+
+    sizes = part_sizes(world.size, equal=True)
+    model, expected = seeded(), seeded()
+    inner, plain = own(kind(model.parameters(), lr=0.1)), own(kind(expected.parameters(), lr=0.1))
+    divides = mode != "replicated"
+    with pytest.warns(UserWarning, match="has a step of this object's own") if divides else contextlib.nullcontext():
+        opt = dpoptim.DataParallelOptimizer(inner, **MODES[mode])
+    num_hooked = []
+    opt.register_step_post_hook(lambda *_: num_hooked.append(1))
+    for step in range(3):
+        batch = joined_batch(step, sizes)
+        train(opt, model, local_part(batch, sizes, world.rank))
+        train(plain, expected, batch)
+        assert_same_parameters(model, expected, step)
+    assert (inner.num_cleared, len(num_hooked)) == (3, 3)
+    opt.detach()
+
+
+def test_who_puts_other_tensors_into_groups_is_told(world):
+    class Replaces(foreign_classes.AdamOfGroups):
+        is_elementwise = False
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+
+    model = seeded()
+    opt = dpoptim.DataParallelOptimizer(Replaces(model.parameters()), shard=True)
+    with pytest.raises(RuntimeError, match="Replaces puts other tensors into its groups"):
+        train(opt, model, torch.ones(2, 5, dtype=torch.float64))
+    opt.detach()
+
+
+@pytest.mark.parametrize("mode", ["sharded", "node-shared"])
+def test_addresses_of_parameters_rule_out_a_division(world, mode):
+    class KnowsAddresses(foreign_classes.AdamOfGroups):
+        def __init__(self, params):
+            super().__init__(params)
+            self.places = [{"at": p.data_ptr()} for group in self.param_groups for p in group["params"]]
+
+    with pytest.warns(UserWarning, match="since it knows parameters by their address: it stays replicated"):
+        opt = dpoptim.DataParallelOptimizer(KnowsAddresses(seeded().parameters()), **MODES[mode])
+    opt.detach()
+
+
+def test_an_object_that_changes_can_not_be_saved(world):
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+    class CountsInAnObject(foreign_classes.AdamOfGroups):
+        def __init__(self, params):
+            super().__init__(params)
+            self.counter, self.settings = Counter(), Counter()
+
+        def step(self, closure=None):
+            self.counter.count += 1
+            return super().step()
+
+    model = seeded()
+    opt = dpoptim.DataParallelOptimizer(CountsInAnObject(model.parameters()))
+    opt.state_dict()
+    train(opt, model, torch.ones(2, 5, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="its attribute 'counter' that can't be saved") as caught:
+        opt.state_dict()
+    assert len(caught) == 1
     opt.detach()
 
 

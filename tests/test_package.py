@@ -36,7 +36,7 @@ LEVELS = {
     "step_hooks": 0,
     "divided_state": 0,
     "divisibility": 0,
-    "kept_attributes": 1,
+    "kept_attributes": 2,
     "inner_step": 1,
     "compiled_step": 1,
     "implementations": 1,
