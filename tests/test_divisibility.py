@@ -29,8 +29,13 @@ def _parameters(dtype=torch.float32):
         ("Slow", "element"),
         ("Takes", "element"),
         ("OwnLoading", "element"),
+        ("GivesMemory", "element"),
+        ("KeepsGradients", "element"),
+        ("Containers", "element"),
         ("TrustRatio", "parameter"),
+        ("KnowsItsParameters", "parameter"),
         ("Coupled", "nothing"),
+        ("StepsAllThatItKnows", "nothing"),
         ("Random", "nothing"),
         ("SecondOrder", "nothing"),
         ("Perturbs", "nothing"),
@@ -40,6 +45,20 @@ def test_verdicts(name, by):
     parameters = _parameters()
     groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.0}]
     assert divisibility(getattr(foreign_classes, name)(groups)).by == by
+
+
+def test_a_group_of_one_parameter_shows_a_norm_of_the_group():
+    first, second = _parameters()[:2]
+    optimizer = foreign_classes.Switched([{"params": [first]}, {"params": [second]}])
+    assert divisibility(optimizer).by == "element"
+    optimizer.param_groups[0]["clip"] = 1.0
+    assert divisibility(optimizer).by == "parameter"
+
+
+def test_a_step_of_one_object_is_not_tried():
+    optimizer = torch.optim.SGD(_parameters())
+    optimizer.step = lambda closure=None: None
+    assert divisibility(optimizer) == Divisibility("nothing", "has a step of this object's own")
 
 
 @pytest.mark.parametrize(
