@@ -233,7 +233,7 @@ class Divided:
         if len(now) == len(self._options) and not any(map(are_switched, self._options, now)):
             return
         found = divisibility(self._optimizer)
-        if found.by == "nothing" or (found.by == "parameter" and self._by_element):
+        if (found.by == "nothing" and found.is_tried) or (found.by == "parameter" and self._by_element):
             what = found.why_not or "is no longer by element"
             raise ValueError(
                 f"an option of a parameter group was switched, and {type(self._optimizer).__name__} {what}: set it "
@@ -438,6 +438,7 @@ class Divided:
                     else value
                     for key, value in entry.items()
                 }
+        self._options = _options_of(self._optimizer)
         self._step.outer_state.clear()
         self._step.outer_state.update(copy.deepcopy(form.get("unnamed", {})))
         self._step.load(state)

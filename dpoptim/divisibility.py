@@ -78,10 +78,13 @@ class Divisibility:
         ``"element"``, ``"parameter"`` or ``"nothing"``.
     why_not : str
         If by nothing: why, as the rest of a sentence about the class.
+    is_tried : bool
+        Whether the class could be tried out, or need not be.
     """
 
     by: str
     why_not: str = ""
+    is_tried: bool = True
 
 
 def is_known(kind: type[Optimizer]) -> bool:
@@ -142,7 +145,7 @@ def divisibility(optimizer: Optimizer) -> Divisibility:
                 return _Probe(optimizer, is_sharp=is_sharp).verdict()
         except Exception as caught:  # whatever a class does with parameters that it has not seen
             error = error or _described(caught)
-    return Divisibility("nothing", f"can't be tried out on parameters of its own ({error})")
+    return Divisibility("nothing", f"can't be tried out on parameters of its own ({error})", is_tried=False)
 
 
 def _obstacle(optimizer: Optimizer) -> str | None:

@@ -9,6 +9,7 @@ rates each time, the other numbers of a few groups in turn, the same on all rank
 are few groups, and some roll calls later where there are hundreds.
 """
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -47,9 +48,21 @@ class HyperParameters:
         self._tensors: dict[int, tuple[Tensor, int]] = {}  # numbers that may be written in place, and their versions
         self._turn = 0
         self._fingerprint = 0
+        self._held: int | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the fingerprint of now within, where a step writes numbers on the ranks that have something to step."""
+        self._held = self.fingerprint()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def fingerprint(self) -> int:
         """Return 32 bits that are equal on ranks whose numbers are; called as often on all of them."""
+        if self._held is not None:
+            return self._held
         groups = self._groups()
         if len(groups) != len(self._keys):
             self._settle(groups)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpoptim.divisibility import is_known, nested_optimizers, slots_of
+from dpoptim.divisibility import is_known, nested_optimizers, parameters_of, slots_of
 from dpoptim.inner_step import InnerStep
 
 __all__ = ["KeptAttributes", "aliases_kept"]
@@ -60,22 +60,33 @@ class KeptAttributes:
         if is_known(type(self._optimizer)):
             return {}
         kept: dict[str, Any] = {}
+        ids = {id(parameter) for parameter in parameters_of(self._optimizer)}
         for key, value in self._own():
             start = self._at_start.get(key)
-            if _is_data(value):
+            if _has_one_of(value, ids):
+                if not self._saves_itself and (isinstance(start, _Other) or not _same(value, start)):
+                    self._warn_of(key)
+            elif _is_data(value):
                 if isinstance(start, _Other) or not _same(value, start):
                     kept[key] = list(copy.deepcopy(value)) if isinstance(value, deque) else copy.deepcopy(value)
             elif not (start.was_so(value) if isinstance(start, _Other) else _traits(value) is None):
-                warnings.warn(
-                    f"{type(self._optimizer).__name__} keeps state in its attribute '{key}' that can't be saved: a "
-                    "resumed training may go on otherwise",
-                    stacklevel=3,
-                )
+                self._warn_of(key)
         for key, nested in self._nested().items():
             kept[key] = nested.state_dict()
         if generators := self._inner_step.generators():
             kept[_GENERATORS] = generators
         return {"attributes": kept} if kept else {}
+
+    @property
+    def _saves_itself(self) -> bool:
+        return type(self._optimizer).state_dict is not Optimizer.state_dict
+
+    def _warn_of(self, key: str) -> None:
+        warnings.warn(
+            f"{type(self._optimizer).__name__} keeps state in its attribute '{key}' that can't be saved: a resumed "
+            "training may go on otherwise",
+            stacklevel=4,
+        )
 
     def load(self, attributes: Mapping[str, Any]) -> None:
         """Take over copies of what :meth:`entry` returned."""
@@ -172,6 +183,15 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, (list, tuple, deque)):
         return all(map(_is_data, value))
     return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter))
+
+
+def _has_one_of(value: Any, ids: set[int]) -> bool:
+    """Whether these identities, which are others in another program, are among the numbers in a value."""
+    if isinstance(value, dict):
+        return any(_has_one_of(one, ids) for pair in value.items() for one in pair)
+    if isinstance(value, (list, tuple, deque)):
+        return any(_has_one_of(one, ids) for one in value)
+    return isinstance(value, int) and value in ids
 
 
 def _same(mine: Any, theirs: Any) -> bool:

@@ -213,6 +213,7 @@ class DataParallelOptimizer(Optimizer):
             shard=shard,
             node_shared=node_shared,
         )
+        self._hyper_parameters = HyperParameters(lambda: self.param_groups)
         make_reducer: Callable[..., Reducer] = Reducer
         if self._divided is not None:
             make_reducer = partial(DividedReducer, self._divided.sharding)
@@ -222,7 +223,7 @@ class DataParallelOptimizer(Optimizer):
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
             accumulate=accumulate,
-            hyper_parameters=HyperParameters(lambda: self.param_groups),
+            hyper_parameters=self._hyper_parameters,
         )
         if accumulate > 1:  # around torch's own hooks, which run only when a step is made
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
@@ -315,11 +316,12 @@ class DataParallelOptimizer(Optimizer):
         if self._divided is not None:
             loss = None if wrapped is None else wrapped()
             self._divide_state()
-            self._divided.step(
-                self._reducer.buckets,
-                lambda purpose: self._reducer.meet(purpose, 1.0),
-                self._reducer.check_gradients,
-            )
+            with self._hyper_parameters.held():
+                self._divided.step(
+                    self._reducer.buckets,
+                    lambda purpose: self._reducer.meet(purpose, 1.0),
+                    self._reducer.check_gradients,
+                )
         else:
             with naming_gradients(self._optimizer, self._names):
                 loss = self._inner_step(wrapped, *args, **kwargs)
@@ -391,15 +393,19 @@ class DataParallelOptimizer(Optimizer):
         """
         hooks = cast("OrderedDict[int, Any]", self._optimizer_load_state_dict_pre_hooks)
         hooks[_LAST_HOOK] = self._check_loadable
+        overrides = _overrides(self._optimizer, "load_state_dict")
+        if overrides:  # whatever the class itself loads is right
+            self._kept_attributes.load(state_dict.get("attributes", {}))
         try:
             with aliases_kept(self._optimizer):
-                if _overrides(self._optimizer, "load_state_dict"):
+                if overrides:
                     self._optimizer.load_state_dict(state_dict)
                 else:
                     super().load_state_dict(state_dict)
         finally:
             del hooks[_LAST_HOOK]
-        self._kept_attributes.load(state_dict.get("attributes", {}))
+        if not overrides:
+            self._kept_attributes.load(state_dict.get("attributes", {}))
         self._divide_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -830,12 +836,13 @@ class DataParallelOptimizer(Optimizer):
             with self._inner_step.with_common_generators():
                 return method(*args, **kwargs)
         self._divide_state()
-        return self._divided.call(
-            partial(method, *args, **kwargs),
-            name,
-            self._reducer.all_buckets,
-            lambda purpose: self._reducer.meet(purpose, 1.0),
-        )
+        with self._hyper_parameters.held():
+            return self._divided.call(
+                partial(method, *args, **kwargs),
+                name,
+                self._reducer.all_buckets,
+                lambda purpose: self._reducer.meet(purpose, 1.0),
+            )
 
     def _check_step_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise on all ranks if the further arguments of a step are not the same, or can't be divided; collective."""
