@@ -10,6 +10,7 @@ multiplied with becomes zero or NaN, and the next step raises an error that says
 ``GradScaler`` know (:mod:`dpoptim.torch_calls`).
 """
 
+import cmath
 import contextlib
 from collections.abc import Iterator, Sequence
 
@@ -61,19 +62,18 @@ class Canaries:
 
         Returns whether all canaries were set to zero, as by who has taken gradients for infinite.
         """
-        all_are_zero = False
-        for places, has_been_read in ((self._outside, torch.isnan), (self._inside, _is_not_finite)):
-            found = [(index, element) for index, e in places if (element := self._element(index, e)) is not None]
-            if found and bool(has_been_read(torch.stack([element.detach().cpu() for _, element in found])).any()):
-                index = next(index for index, element in found if has_been_read(element))
-                raise RuntimeError(
-                    f"the gradient of parameter '{names[index]}' was read as a whole between backward() and step(): "
-                    "each rank has the mean of its own part alone, and an infinite element stands in the rest, which "
-                    "makes a norm infinite. Clip with opt.clip_grad_norm_(max_norm), of which max_norm=float('inf') "
-                    "returns the global norm and changes nothing, or leave out shard and node_shared"
-                )
-            if places is self._outside and found:
-                all_are_zero = not bool(torch.stack([element.detach().cpu() for _, element in found]).any())
+        outside, inside = ([(index, self._value(index, e)) for index, e in of] for of in (self._outside, self._inside))
+        looked_at = [index for index, value in outside if value is not None and cmath.isnan(value)]
+        looked_at += [index for index, value in inside if value is not None and not cmath.isfinite(value)]
+        if looked_at:
+            raise RuntimeError(
+                f"the gradient of parameter '{names[looked_at[0]]}' was read as a whole between backward() and step(): "
+                "each rank has the mean of its own part alone, and an infinite element stands in the rest, which "
+                "makes a norm infinite. Clip with opt.clip_grad_norm_(max_norm), of which max_norm=float('inf') "
+                "returns the global norm and changes nothing, or leave out shard and node_shared"
+            )
+        values = [value for _, value in outside if value is not None]
+        all_are_zero = bool(values) and not any(values)
         self._parameters = ()
         return all_are_zero
 
@@ -102,6 +102,11 @@ class Canaries:
             if element is not None:
                 element.fill_(value)
 
+    def _value(self, index: int, e: int) -> complex | None:
+        element = self._element(index, e)
+        value: complex | None = None if element is None else element.item()
+        return value
+
     def _element(self, index: int, e: int) -> Tensor | None:
         """Return an element of a gradient, by its number in the flattened one, as a view."""
         gradient = self._parameters[index].grad if self._parameters else None
@@ -111,7 +116,3 @@ class Canaries:
             return gradient.data.view(-1)[e]  # whose writes no version of the gradient counts
         place = torch.unravel_index(torch.tensor(e, device="cpu"), gradient.shape)
         return gradient.data[tuple(int(i) for i in place)]
-
-
-def _is_not_finite(elements: Tensor) -> Tensor:
-    return ~torch.isfinite(elements)

@@ -64,6 +64,7 @@ class DividedReducer(Reducer):
         self.canaries = Canaries()
         self._adds_to_reduced = self._has_step_left_out = self._has_warned = False
         self._changed: set[int] = set()
+        self._identities: list[int] = []  # of all gradients, as they were reduced
 
     @property
     def all_buckets(self) -> list[Bucket]:
@@ -188,9 +189,11 @@ class DividedReducer(Reducer):
         self._add_what_was_put_aside()
         if num_not_finite and self._is_finite:
             self._spoil()
-        for index, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
-                setattr(parameter.grad, MARK, index)
+        gradients = [parameter.grad for parameter in self._parameters]
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                setattr(gradient, MARK, index)
+        self._identities = list(map(id, gradients))
         if has_woken and self._have_homes(self._place):
             self._find_homes()
         if not num_not_finite:
@@ -204,8 +207,10 @@ class DividedReducer(Reducer):
     def check_gradients(self) -> None:
         """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
         self._has_step_left_out = False
-        for index, parameter in enumerate(self._parameters):
-            mark = getattr(parameter.grad, MARK, index)
+        gradients = [parameter.grad for parameter in self._parameters]
+        are_others = list(map(id, gradients)) != self._identities
+        for index, gradient in enumerate(gradients if are_others else ()):
+            mark = getattr(gradient, MARK, index)
             if mark != index and isinstance(mark, int):
                 raise RuntimeError(
                     f"{self._describe(index)} was given the gradient of parameter '{self._names[mark]}', of which each "

@@ -361,9 +361,9 @@ class Reducer:
 
     # ---------------------------------------------------------------- while backward runs
 
-    def on_gradient(self, index: int, _: Tensor) -> None:
+    def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
-        if self._parameters[index].grad is None and len(self._parameters[index]._post_accumulate_grad_hooks or ()) > 1:
+        if parameter.grad is None and len(parameter._post_accumulate_grad_hooks or ()) > 1:
             raise RuntimeError(
                 f"the gradient of {self._describe(index)} was taken away before it could be reduced, by a hook of "
                 "register_post_accumulate_grad_hook, as optimizers that step within backward() do: each rank would "

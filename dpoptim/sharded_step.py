@@ -29,7 +29,7 @@ import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
 
 # Of these the fused step of flat tensors needs nothing but torch's own code.
 _FUSED_BARE = ("Adam", "AdamW", "SGD")
+
+# Other dtypes are rounded otherwise by it than by torch's default.
+_FUSED_DTYPES = (torch.float32, torch.float64)
 
 # One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
 State = dict[str, Any]
@@ -75,7 +78,8 @@ class ShardedStep:
         self._state: defaultdict[Any, Any] = defaultdict(dict)  # of units
         self._is_known = is_known(type(optimizer))
         self._fused_step = _fused_step(optimizer) if by_element else None
-        self._addresses: list[int] = []  # of all parameters
+        self._parameters: list[Tensor] = []
+        self._addresses: list[int] = []
         self.outer_state = DividedState(self._forget)
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
@@ -92,6 +96,9 @@ class ShardedStep:
         home : Tensor, optional
             The flat memory in which they all lie for good, if they do.
         """
+        self._parameters += parameters
+        if bucket.device.type != "cpu" or bucket.dtype not in _FUSED_DTYPES:
+            self._fused_step = None
         self._parts.append(
             Part(bucket, parameters, group, home, by_element=self._by_element, are_parameters=not self._is_known)
         )
@@ -100,8 +107,8 @@ class ShardedStep:
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if parameters were given memory that they share, so that two parts would step it."""
-        parameters = [parameter for part in self._parts for parameter in part.parameters]
-        addresses = [parameter.data_ptr() for parameter in parameters]
+        parameters = self._parameters
+        addresses = list(map(Tensor.data_ptr, parameters))
         if addresses == self._addresses:
             return
         if shared := sharing_memory([parameters]):
@@ -132,15 +139,27 @@ class ShardedStep:
         with self._in_place_of_parameters(active):
             if (
                 self._fused_step is not None
-                and all(group.get("fused") for group in self._optimizer.param_groups)
+                and cast("Any", self._optimizer)._steps_fused()
                 and self._are_momenta_alike(active)
             ):
-                step = self._fused_step
-            step()
+                self._step_fused(self._fused_step)
+            else:
+                step()
             if not self._is_known:
                 for part, units in zip(self._parts, active, strict=True):
                     part.take_back(units)
         return groups
+
+    def _step_fused(self, step: Callable[[], object]) -> None:
+        """Step all groups by the fused kernel."""
+        before = [group["fused"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            group["fused"] = True
+        try:
+            step()
+        finally:
+            for group, fused in zip(self._optimizer.param_groups, before, strict=True):
+                group["fused"] = fused
 
     def _are_momenta_alike(self, active: Sequence[Sequence["_Unit"]]) -> bool:
         """Whether all units have a momentum or none has, as torch's fused kernel of SGD takes for granted."""
@@ -555,7 +574,7 @@ def _load_as_the_class_does(optimizer: Optimizer) -> None:
 def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
     """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
     kind = type(optimizer)
-    if not is_known(kind) or kind.__name__ not in _FUSED_BARE:
+    if not is_known(kind) or kind.__name__ not in _FUSED_BARE or not hasattr(kind, "_steps_fused"):
         return None
     torch_class = getattr(torch.optim, kind.__name__)
     as_torchs = object.__new__(torch_class)

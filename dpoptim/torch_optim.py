@@ -205,8 +205,18 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
             FlatStep.of(self).step(self, how)
         return loss
 
+    def steps_fused(self: Any) -> bool:
+        """Whether dense CPU tensors of one dtype, float32 or float64, are stepped by the fused kernel in all groups."""
+        return all(
+            group["fused"]
+            if group.get("fused") is not None
+            else how.choice.kind == "fused" and how.are_free(group) and not isinstance(group["lr"], Tensor)
+            for group in self.param_groups
+        )
+
     step.__doc__ = torch_class.step.__doc__
     members["step"] = step
+    members["_steps_fused"] = steps_fused
     if name == "Adagrad":
         members["_init_group"] = init_group
     kind = type(name, (torch_class, *ours), members)
