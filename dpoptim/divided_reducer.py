@@ -36,6 +36,8 @@ __all__ = ["DividedReducer"]
 # The mark of gradients that were the result of a reduction, and are what has come since. That of the result itself is
 # the number of the parameter.
 _PUT_ASIDE = "put aside"
+# Gradients that are thrown away now and then, as those of the other network of a GAN, are nothing to warn of.
+_MAX_LEFT_OUT = 3
 
 
 class DividedReducer(Reducer):
@@ -63,6 +65,7 @@ class DividedReducer(Reducer):
         self._without_mark: set[int] = set()
         self.canaries = Canaries()
         self._adds_to_reduced = self._has_step_left_out = self._has_warned = False
+        self._num_left_out = 0
         self._changed: set[int] = set()
         self._identities: list[int] = []  # of all gradients, as they were reduced
 
@@ -198,7 +201,7 @@ class DividedReducer(Reducer):
             self._find_homes()
         if not num_not_finite:
             self.canaries.set(self._parameters, self._buckets)
-        self._has_step_left_out = not num_not_finite
+        self._has_step_left_out = not (num_not_finite or self._has_raised)
 
     def is_partial(self, gradient: Tensor) -> bool:
         """Whether this rank has the mean of its part of a gradient alone."""
@@ -206,7 +209,7 @@ class DividedReducer(Reducer):
 
     def check_gradients(self) -> None:
         """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
-        self._has_step_left_out = False
+        self._has_step_left_out, self._num_left_out = False, 0
         gradients = [parameter.grad for parameter in self._parameters]
         are_others = list(map(id, gradients)) != self._identities
         for index, gradient in enumerate(gradients if are_others else ()):
@@ -224,7 +227,9 @@ class DividedReducer(Reducer):
         """Take note that gradients are gone with which no step was made."""
         if self._has_step_left_out:
             self._has_step_left_out = False
-            self._warn_of_looking("no step was made with the gradients of a backward")
+            self._num_left_out += 1
+            if self._num_left_out == _MAX_LEFT_OUT:
+                self._warn_of_looking(f"no step was made with the gradients of {_MAX_LEFT_OUT} backward passes in turn")
 
     def _warn_of_looking(self, what: str) -> None:
         if not self._has_warned:
