@@ -613,7 +613,8 @@ class DataParallelOptimizer(Optimizer):
         if self._divided is not None:
             self._reducer.meet("detaching the optimizer", 1.0)
             with self._groups_as_taken_over():
-                form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=False)
+                own = self.local_state_dict()
+                form = gather_form(self._communicator, own, self._devices(), rank0_only=False, drops_torn=True)
                 assert form is not None
                 self._divided.release()
                 self._divided = None

@@ -1,5 +1,6 @@
 """A divided optimizer state as a whole: gathered to one rank, or sent out from it, a tensor at a time."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dpoptim.communicator import Communicator
+from dpoptim.errors import raised_on_all_ranks
+from dpoptim.sharded_step import NUMBERS
 from dpoptim.utils.state_dict import Form, Slices, full_slices, is_slice
 
 __all__ = ["gather_form", "scatter_form"]
@@ -20,7 +23,12 @@ class _Slice:
 
 
 def gather_form(
-    communicator: Communicator, form: Form, devices: Mapping[str, torch.device], *, rank0_only: bool
+    communicator: Communicator,
+    form: Form,
+    devices: Mapping[str, torch.device],
+    *,
+    rank0_only: bool,
+    drops_torn: bool = False,
 ) -> Form | None:
     """Put the forms of all ranks together; collective, blocks.
 
@@ -36,6 +44,13 @@ def gather_form(
         Where each parameter is on this rank, by name.
     rank0_only : bool
         Whether rank 0 alone keeps it.
+    drops_torn : bool
+        Whether parameters are left out, with a warning, of which some ranks have stepped their part and others not.
+
+    Raises
+    ------
+    RuntimeError
+        On every rank, if there are such parameters and they are not left out.
 
     Returns
     -------
@@ -44,9 +59,13 @@ def gather_form(
     """
     keep = communicator.rank == 0 or not rank0_only
     everybody = communicator.all_gather_object((form["slices"], _outline(form), form.get("whole", {})))
+    torn: list[str] = []
     full: Form = {**form, "slices": full_slices(form["shapes"]), "state": {}, "whole": {}}
     for name, (_, numel) in full["slices"].items():
         holders = _cover([slices[name] for slices, _, _ in everybody])
+        if _is_torn([everybody[rank][1].get(name) for rank in holders]):
+            torn.append(name)
+            continue
         if not holders or name not in everybody[holders[0]][1]:
             continue
         entry: dict[str, Any] = {}
@@ -65,6 +84,12 @@ def gather_form(
         full["state"][name] = entry
         if name in everybody[holders[0]][2]:
             full["whole"][name] = everybody[holders[0]][2][name]
+    if torn:
+        what = f"of parameter {', '.join(map(repr, torn))} some ranks have stepped their part and others not"
+        if not drops_torn:
+            message = f"{what}, since a step has failed: load a checkpoint, or detach() the optimizer and wrap it anew"
+            raise raised_on_all_ranks(RuntimeError(message))
+        warnings.warn(f"{what}, since a step has failed: their state is dropped", stacklevel=3)
     return full if keep else None
 
 
@@ -118,6 +143,27 @@ def _outline(form: Form) -> dict[str, dict[str, Any]]:
         name: {key: _Slice(value.dtype) if is_slice(form, name, key) else value for key, value in entry.items()}
         for name, entry in form["state"].items()
     }
+
+
+def _is_torn(entries: Sequence[dict[str, Any] | None]) -> bool:
+    """Whether the parts of a parameter's state are not those of the same step."""
+    first = entries[0] if entries else None
+    for entry in entries[1:]:
+        if (entry is None) != (first is None):
+            return True
+        if entry is None or first is None:
+            continue
+        if entry.keys() != first.keys():
+            return True
+        if any(_number(entry[key]) != _number(first[key]) for key in NUMBERS & entry.keys()):
+            return True
+    return False
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value if isinstance(value, (int, float)) else None
 
 
 def _cover(intervals: Sequence[tuple[int, int]]) -> list[int]:

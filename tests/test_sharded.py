@@ -186,6 +186,28 @@ def test_own_gradients_are_the_global_mean(world, mode, hook):
     opt.detach()
 
 
+@pytest.mark.parametrize("mode", ["sharded", "node-shared"])
+def test_a_state_of_which_some_ranks_have_stepped_their_part(world, mode):
+    class Fails(dpoptim.Adam):
+        def step(self, closure=None):
+            if world.rank == world.size - 1:
+                raise ArithmeticError("this rank alone")
+            return super().step(closure)
+
+    parameter = nn.Parameter(torch.ones(64, dtype=torch.float64))
+    opt = dpoptim.DataParallelOptimizer(Fails([parameter]), **MODES[mode])
+    parameter.sum().backward()
+    with pytest.raises((RuntimeError, ArithmeticError), match="this rank alone"):
+        opt.step()
+    if opt.mode != "replicated" and world.size > 1:
+        with pytest.raises(RuntimeError, match=r"of parameter '.*' some ranks have stepped their part and others not"):
+            opt.full_state_dict()
+        with pytest.warns(UserWarning, match="since a step has failed: their state is dropped"):
+            opt.detach()
+        assert not opt.state
+    opt.detach()
+
+
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3])
 @pytest.mark.supports("clip_grad_norm_", sharded="{mode}", limits="torch's own does not know the other ranks' parts")
