@@ -26,7 +26,7 @@ HEAT_TORCH ?= 2.11.0
 PYTEST = -m pytest -q --color=no --durations=10
 KILLS ?= 50
 
-.PHONY: support train test test-foreign lint test-openmpi test-openmpi-1 test-mpich test-mpich-1 test-kills bench bench-heat bench-links bench-daso info check clean
+.PHONY: support train test test-foreign lint test-openmpi test-openmpi-1 test-mpich test-mpich-1 test-sweep test-kills bench bench-heat bench-links bench-daso info check clean
 
 train: $(MAIN)/.train
 	OMP_NUM_THREADS=$(call THREADS,$(RANKS)) $(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python examples/train_gpt.py $(ARGS)
@@ -66,9 +66,15 @@ endef
 define run_parallel_tests
 @for n in $(3); do \
 	echo "== $(1): mpirun -n $$n"; \
-	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) -m "parallel$(2)" || exit 1; \
+	OMP_NUM_THREADS=1 $(1)/bin/mpirun -n $$n $(1)/bin/python $(PYTEST) -m "parallel and not sweep$(2)" || exit 1; \
 done
 endef
+
+# Every optimizer in every situation and mode, against torch's default in one process.
+test-sweep: $(MAIN)/.test
+	@for n in 2 3; do \
+		OMP_NUM_THREADS=1 $(MAIN)/bin/mpirun -n $$n $(MAIN)/bin/python $(PYTEST) -m "parallel and sweep" || exit 1; \
+	done
 
 # Saving is killed at 50 random instants; make test does it at 6.
 test-kills: $(MAIN)/.test

@@ -532,6 +532,7 @@ def differing_state(opt: Any, plain: Any) -> str | None:
     "ignore:optimizer contains a parameter group with duplicate parameters", "ignore:.*stays replicated"
 )
 @pytest.mark.parallel
+@pytest.mark.sweep
 @pytest.mark.once
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize(
