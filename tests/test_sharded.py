@@ -25,6 +25,7 @@ from torch import nn
 import dpoptim
 from dpoptim import shared_memory
 from dpoptim.divisibility import divisibility
+from dpoptim.utils import checkpoint
 from dpoptim.utils.consistency import digest
 
 pytestmark = pytest.mark.parallel
@@ -187,7 +188,7 @@ def test_own_gradients_are_the_global_mean(world, mode, hook):
 
 
 @pytest.mark.parametrize("mode", ["sharded", "node-shared"])
-def test_a_state_of_which_some_ranks_have_stepped_their_part(world, mode):
+def test_a_state_of_which_some_ranks_have_stepped_their_part(world, tmp_path, mode):
     class Fails(dpoptim.Adam):
         def step(self, closure=None):
             if world.rank == world.size - 1:
@@ -202,6 +203,8 @@ def test_a_state_of_which_some_ranks_have_stepped_their_part(world, mode):
     if opt.mode != "replicated" and world.size > 1:
         with pytest.raises(RuntimeError, match=r"of parameter '.*' some ranks have stepped their part and others not"):
             opt.full_state_dict()
+        with pytest.raises(RuntimeError, match=r"some ranks have stepped their part and others not, since a step"):
+            checkpoint.save(world.bcast(tmp_path), optimizer=opt)
         with pytest.warns(UserWarning, match="since a step has failed: their state is dropped"):
             opt.detach()
         assert not opt.state

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpoptim.errors import raised_on_all_ranks
 from dpoptim.utils.checkpoint.files import Source
 from dpoptim.utils.checkpoint.index import DTYPES, Index
 from dpoptim.utils.checkpoint.parts import (
@@ -207,7 +208,14 @@ class _OptimizerPlan:
             everyone = tuple(range(world_size))
             self._holdings = {everyone: [(n, a, b) for n, (a, b) in state.held.items() if a < b and self._bytes[n]]}
         else:
-            has_slices = [{n: i for n, i in held.items() if sliced[n]} for _, held, _, sliced in metas]
+            if torn := _torn(metas):
+                raise raised_on_all_ranks(
+                    RuntimeError(
+                        f"of parameter {', '.join(map(repr, torn))} some ranks have stepped their part and others not, "
+                        "since a step has failed: load the last checkpoint"
+                    )
+                )
+            has_slices = [{n: i for n, i in held.items() if sliced.get(n)} for _, held, _, sliced in metas]
             self._holdings = holdings(has_slices)
 
     def divide(self, loads: list[int], *, alone: bool) -> None:
@@ -279,3 +287,16 @@ def _check(sources: list[Source]) -> None:
         if place in seen:
             raise ValueError(f"two tensors would have the name '{source.name}' in the checkpoint: rename one")
         seen.add(place)
+
+
+def _torn(metas: Sequence[Any]) -> list[str]:
+    """Return the parameters of whose state the ranks together have not all elements, or not the same keys."""
+    shapes, torn = metas[0][0]["shapes"], []
+    for name, shape in shapes.items():
+        parts = [(held[name], sliced[name]) for _, held, _, sliced in metas if sliced.get(name)]
+        reached = 0
+        for start, stop in sorted(interval for interval, _ in parts):
+            reached = max(reached, stop) if start <= reached else reached
+        if parts and (reached < math.prod(shape) or len({tuple(sorted(keys)) for _, keys in parts}) > 1):
+            torn.append(name)
+    return torn
