@@ -8,8 +8,8 @@ halves alone. If parameters end alike alone and together, each may be stepped by
 all state is of the parameter's shape or a number, and the optimizer knows no parameter by its identity or attributes,
 it may be divided by element. A class is not divided that couples parameters, draws random numbers, steps another
 optimizer, has a state dict of its own, knows parameters by their address, or can't be tried. The probe errs on the side
-of not dividing. It draws from no generator of the user's and writes to nothing of his. What a class does after
-thousands of steps alone is not seen; an option that is switched on later is (:func:`are_switched`).
+of not dividing. It draws from no generator of the user's and writes to nothing of his. What a class begins to do after
+its first two dozen steps is not seen; an option that is switched on later is (:func:`are_switched`).
 """
 
 import contextlib
@@ -37,6 +37,7 @@ __all__ = [
     "is_known",
     "nested_optimizers",
     "parameters_of",
+    "slots_of",
 ]
 
 _ELEMENTWISE = (
@@ -166,9 +167,8 @@ def _obstacle(optimizer: Optimizer) -> str | None:
 
 
 def are_switched(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether an option of a parameter group has been switched on or off, so that a class may do something else."""
-    keys = [key for key in now if key not in ("params", "param_names", "lr", "initial_lr")]
-    return len(keys) != len(before) or any(_is_switched(before.get(key), now[key]) for key in keys)
+    """Whether one of these options of a group has been switched on or off, so that a class may do something else."""
+    return now.keys() != before.keys() or any(_is_switched(before[key], value) for key, value in now.items())
 
 
 def _is_switched(before: Any, now: Any) -> bool:

@@ -28,6 +28,8 @@ from dpoptim.errors import raised_on_all_ranks
 
 __all__ = ["InnerStep", "needs_closure"]
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
 
 class InnerStep:
     """Makes the step of an optimizer beneath torch's hooks, which run on the wrapper (Note [Steps of other classes]).
@@ -50,11 +52,8 @@ class InnerStep:
     def __call__(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make one step; under the gradient mode that the class itself chooses."""
         step = step_of(self._optimizer)
-        if (
-            closure is not None
-            or args
-            or (not has_own_step(self._optimizer) and _accepts_closure(type(self._optimizer).step))
-        ):
+        takes_closure = not has_own_step(self._optimizer) and _accepts_closure(type(self._optimizer).step)
+        if closure is not None or args or takes_closure:
             args = (closure, *args)
         if self._generators is None:
             return step(self._optimizer, *args, **kwargs)
@@ -203,9 +202,6 @@ def _step_of_its_own(own: Callable[..., Any], optimizer: Any, *args: Any, **kwar
         return own(*args, **kwargs)
     finally:
         vars(optimizer).update(hooks)
-
-
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

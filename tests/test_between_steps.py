@@ -346,6 +346,15 @@ def test_a_group_that_is_added_when_it_has_gradients(world, mode, again):
     opt.detach()
 
 
+def test_a_group_with_gradients_is_not_added_in_the_middle_of_an_accumulation(world):
+    model, expected = seeded(_square_net), seeded(_square_net)
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model[:3].parameters(), lr=0.1), accumulate=2)
+    _backward(world, 0, model, expected)
+    with pytest.raises(RuntimeError, match="has a gradient already: with accumulate add it after zero_grad"):
+        opt.add_param_group({"params": list(model[4].parameters())})
+    opt.detach()
+
+
 class _ForSome(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, has_gradient):

@@ -1,8 +1,8 @@
 """Program: train every optimizer on all ranks, in every mode, and say what became of it; under mpirun.
 
-    mpirun -n N python sweep.py ORACLES RESULTS TODO
+    mpirun -n N python sweep.py ORACLES RESULTS TASKS
 
-``TODO`` holds lines "number of an entry, mode". Rank 0 adds to ``RESULTS`` a line of JSON before and after each, so
+``TASKS`` holds lines "number of an entry, mode". Rank 0 adds to ``RESULTS`` a line of JSON before and after each, so
 that whoever started the program knows at which one it hangs or dies. What a rank raises is in ``RESULTS.RANK``.
 """
 

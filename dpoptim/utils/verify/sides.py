@@ -10,6 +10,7 @@ gradients is not that of the joined batch: the loss is a sum, BatchNorm sees oth
 numbers. If not, the communication or the step is wrong.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class Program:
         return int(self.opt._arguments["accumulate"])
 
 
-class _Side:
+class _Side(ABC):
     """A copy of the model, of the optimizer, and random numbers of its own.
 
     Attributes
@@ -106,8 +107,9 @@ class _Side:
         self._step()
         self._random_numbers = get_rng()
 
+    @abstractmethod
     def _step(self) -> None:
-        raise NotImplementedError
+        """Make a step in this side's way."""
 
     def _loss(self) -> Tensor:
         before = get_rng()
