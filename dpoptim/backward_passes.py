@@ -68,52 +68,55 @@ class BackwardPasses:
     """The reducers of one roll call by their optimizers' numbers, and which of them the last backward has reached."""
 
     def __init__(self) -> None:
-        self._members: weakref.WeakValueDictionary[int, Reducing] = weakref.WeakValueDictionary()
-        self._num_members = 0  # garbage is collected at different times on each rank
+        # Weak, by hand: a WeakValueDictionary takes ten times as long, and each step asks several times.
+        self._members: dict[int, weakref.ref[Reducing]] = {}
         self._reached: set[int] = set()
 
     def add(self, number: int, member: Reducing) -> None:
         """Take note of a reducer."""
-        self._members[number] = member
-        self._num_members += 1
+        self._members[number] = weakref.ref(member)
 
     def remove(self, number: int) -> None:
         """Forget a reducer, on all ranks alike."""
-        if self._members.pop(number, None) is not None:
-            self._num_members -= 1
+        self._members.pop(number, None)
 
     def reach(self, number: int) -> None:
         """Take note that a backward has reached a reducer for the first time."""
         self.settle()
-        if not any(member.is_in_backward() for member in list(self._members.values())):
+        if not any(member.is_in_backward() for _, member in self._living()):
             self._reached.clear()
         self._reached.add(number)
 
     def settle(self) -> None:
         """End whatever a backward has begun that raised (Note [A backward that raised])."""
-        for member in list(self._members.values()):
+        for _, member in self._living():
             member.settle()
 
     def are_several(self) -> bool:
-        """Whether there is more than one optimizer; the same on all ranks."""
-        return self._num_members > 1
+        """Whether there is more than one optimizer; the same on all ranks, which collect garbage at other times."""
+        return len(self._members) > 1
 
     def finish_others(self, number: int) -> None:
         """End the reductions of other optimizers that began in the backward which has just ended; collective."""
-        for other, member in sorted(self._members.items()):
+        for other, member in self._living():
             if other != number and member.has_begun():
                 member.reduce()
 
     def whereabouts(self, number: int, place: str, *, reduces: bool, is_early: bool) -> Whereabouts:
         """Return where this rank is, which may be about to reduce this optimizer."""
         own = {number} if reduces else set[int]()
-        pending = {n for n in self._reached if n in self._members and self._members[n].is_in_backward()}
+        pending = {other for other, member in self._living() if other in self._reached and member.is_in_backward()}
         return Whereabouts(number, place, is_early, frozenset({number, *self._reached}), frozenset(own | pending))
 
     def reduce(self, numbers: Iterable[int]) -> None:
         """Reduce these optimizers' gradients, in the order of their construction; collective."""
+        living = dict(self._living())
         for number in sorted(numbers):
-            self._members[number].reduce()
+            living[number].reduce()
+
+    def _living(self) -> list[tuple[int, Reducing]]:
+        """Return the numbers of the reducers that are not garbage, in the order of their construction, with them."""
+        return [(number, member) for number, ref in self._members.items() if (member := ref()) is not None]
 
 
 def common(everybody: Sequence[Whereabouts]) -> frozenset[int] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -209,20 +210,19 @@ class Bucket:
         assert self._own_buffer is not None
         own, places = self._own_buffer, self._own_places
         at_home = self._find_at_home(gradients)
-        away = [i for i in self._own_positions if gradients[i] is not None and i not in at_home]
-        if not self._are_free(away):  # all is copied to elsewhere
+        positions = self._own_positions
+        away = [k for k, i in enumerate(positions) if gradients[i] is not None and i not in at_home]
+        if self._homes and not self._are_free({positions[k] for k in away}):  # all is copied to elsewhere
             own = torch.empty_like(own)
             places = self._own_places_in(own)
-            away = [i for i in self._own_positions if gradients[i] is not None]
+            away = [k for k, i in enumerate(positions) if gradients[i] is not None]
         if not away:
             return own
-        wanted, targets, sources = set(away), [], []
-        for piece, place in zip(self.own_pieces, places, strict=True):
-            gradient = gradients[piece.position]
-            if gradient is None or piece.position not in wanted:
-                continue
-            targets.append(place)
-            sources.append(gradient.reshape(-1)[piece.start : piece.stop] if piece.position in self._cut else gradient)
+        targets, sources = [places[k] for k in away], cast("list[Tensor]", [gradients[positions[k]] for k in away])
+        for last in {0, len(away) - 1}:  # no other piece of a part is cut
+            piece = self.own_pieces[away[last]]
+            if piece.position in self._cut:
+                sources[last] = sources[last].reshape(-1)[piece.start : piece.stop]
         torch._foreach_copy_(targets, sources)
         return own
 

@@ -12,7 +12,9 @@ multiplied with becomes zero or NaN, and the next step raises an error that says
 
 import cmath
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,19 +102,42 @@ class Canaries:
         for index, e in self._outside:
             element = self._element(index, e)
             if element is not None:
-                element.fill_(value)
+                element.value = value
 
     def _value(self, index: int, e: int) -> complex | None:
         element = self._element(index, e)
-        value: complex | None = None if element is None else element.item()
-        return value
+        return None if element is None else element.value
 
-    def _element(self, index: int, e: int) -> Tensor | None:
-        """Return an element of a gradient, by its number in the flattened one, as a view."""
+    def _element(self, index: int, e: int) -> Any:
+        """Return an element of a gradient, by its number in the flattened one; its ``value`` can be read and set."""
         gradient = self._parameters[index].grad if self._parameters else None
         if gradient is None or gradient.is_sparse:
             return None
-        if gradient.is_contiguous():
-            return gradient.data.view(-1)[e]  # whose writes no version of the gradient counts
+        is_contiguous = gradient.is_contiguous()
+        in_memory = _IN_MEMORY.get(gradient.dtype)
+        if is_contiguous and in_memory is not None and type(gradient) is Tensor and gradient.is_cpu:
+            return in_memory.from_address(gradient.data_ptr() + e * gradient.itemsize)  # in a tenth of a view's time
+        if is_contiguous:
+            return _Element(gradient.data.view(-1)[e])
         place = torch.unravel_index(torch.tensor(e, device="cpu"), gradient.shape)
-        return gradient.data[tuple(int(i) for i in place)]
+        return _Element(gradient.data[tuple(int(i) for i in place)])
+
+
+# What reads and writes an element where it lies. No version of the gradient counts it, nor what is done by ``.data``.
+_IN_MEMORY: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
+class _Element:
+    """One element of a tensor of any kind."""
+
+    def __init__(self, view: Tensor) -> None:
+        self._view = view
+
+    @property
+    def value(self) -> complex:
+        value: complex = self._view.item()
+        return value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._view.fill_(value)

@@ -141,6 +141,7 @@ class Divided:
         self._optimizer = optimizer
         self._communicator = communicator
         self._inner_step = inner_step
+        self._is_known = is_known(type(optimizer))
         self._by_element = by_element
         self._step = ShardedStep(optimizer, by_element=by_element)
         self._memory = memory
@@ -198,7 +199,10 @@ class Divided:
 
     @torch.no_grad()
     def step(
-        self, buckets: Sequence[Bucket], meet: Callable[[str], object], check_gradients: Callable[[], object]
+        self,
+        buckets: Sequence[Bucket],
+        meet: Callable[[str], object],
+        checked_gradients: Callable[[], Sequence[Tensor | None]],
     ) -> None:
         """Step and exchange (Note [A divided step]); collective.
 
@@ -208,14 +212,14 @@ class Divided:
             Those that are not asleep, the same on all ranks.
         meet : callable
             Meets all ranks for a purpose, and raises on all if one is there for another.
-        check_gradients : callable
-            Raises if the gradients of this rank can't be stepped.
+        checked_gradients : callable
+            Returns the gradients of all parameters; raises if those of this rank can't be stepped.
         """
 
         def act() -> frozenset[int]:
-            check_gradients()
+            gradients = checked_gradients()
             self._check_options()
-            groups = self._step.step(self._inner_step)
+            groups = self._step.step(self._inner_step, gradients)
             self._options = _options_of(self._optimizer)
             return groups
 
@@ -227,7 +231,7 @@ class Divided:
 
     def _check_options(self) -> None:
         """Raise ``ValueError`` if an option was switched since the last step and makes the class couple parameters."""
-        if is_known(type(self._optimizer)):
+        if self._is_known:
             return
         now = _options_of(self._optimizer)
         if len(now) == len(self._options) and not any(map(are_switched, self._options, now)):
@@ -286,7 +290,7 @@ class Divided:
             raise failure
         else:
             self._exchange(parts, outputs, lambda: meet(purpose))
-        if not is_known(type(self._optimizer)):
+        if not self._is_known:
             agree_on_numbers(self._optimizer, self._communicator, groups)
 
     def _exchange(self, parts: Sequence[Part], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:

@@ -207,10 +207,10 @@ class DividedReducer(Reducer):
         """Whether this rank has the mean of its part of a gradient alone."""
         return isinstance(getattr(gradient, MARK, None), int)
 
-    def check_gradients(self) -> None:
-        """Raise ``RuntimeError`` if somebody took gradients for whole ones; local."""
+    def checked_gradients(self) -> list[Tensor | None]:
+        """Return all gradients; raise ``RuntimeError`` if somebody took them for whole ones; local."""
         self._has_step_left_out, self._num_left_out = False, 0
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = super().checked_gradients()
         are_others = list(map(id, gradients)) != self._identities
         for index, gradient in enumerate(gradients if are_others else ()):
             mark = getattr(gradient, MARK, index)
@@ -222,6 +222,7 @@ class DividedReducer(Reducer):
                 )
         if self.canaries.check(self._names):
             self._warn_of_looking("gradients were set to zero")
+        return gradients
 
     def _note_step_left_out(self) -> None:
         """Take note that gradients are gone with which no step was made."""

@@ -102,12 +102,14 @@ class NodeShared:
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if a parameter was given other memory; local."""
-        for name, parameter, address in zip(self._names, self._parameters, self._addresses, strict=True):
-            if parameter.data_ptr() != address:
-                raise RuntimeError(
-                    f"parameter '{name}' is no longer in the memory that the node shares: with node_shared=True don't "
-                    "assign to parameter.data and don't move or convert the model; detach() the optimizer first"
-                )
+        addresses = list(map(Tensor.data_ptr, self._parameters))
+        if addresses != self._addresses:
+            pairs = zip(self._names, addresses, self._addresses, strict=True)
+            name = next(name for name, now, before in pairs if now != before)
+            raise RuntimeError(
+                f"parameter '{name}' is no longer in the memory that the node shares: with node_shared=True don't "
+                "assign to parameter.data and don't move or convert the model; detach() the optimizer first"
+            )
 
     @torch.no_grad()
     def make_private(self) -> None:

@@ -320,7 +320,7 @@ class DataParallelOptimizer(Optimizer):
                 self._divided.step(
                     self._reducer.buckets,
                     lambda purpose: self._reducer.meet(purpose, 1.0),
-                    self._reducer.check_gradients,
+                    self._reducer.checked_gradients,
                 )
         else:
             with naming_gradients(self._optimizer, self._names):

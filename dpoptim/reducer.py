@@ -247,8 +247,15 @@ class Reducer:
         self.has_local_gradients = False
         self._reduced_since_step = False
 
-    def check_gradients(self) -> None:
-        """Raise ``RuntimeError`` if gradients are not what they were reduced to, where that can be seen; local."""
+    def checked_gradients(self) -> list[Tensor | None]:
+        """Return the gradients of all parameters; local.
+
+        Raises
+        ------
+        RuntimeError
+            They are not what they were reduced to, where that can be seen.
+        """
+        return [parameter.grad for parameter in self._parameters]
 
     def finish(self) -> None:
         """Reduce now what has not been reduced since the last step; collective in that case.
@@ -363,17 +370,13 @@ class Reducer:
 
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
-        if parameter.grad is None and len(parameter._post_accumulate_grad_hooks or ()) > 1:
-            raise RuntimeError(
-                f"the gradient of {self._describe(index)} was taken away before it could be reduced, by a hook of "
-                "register_post_accumulate_grad_hook, as optimizers that step within backward() do: each rank would "
-                "step with its own gradient. Use an optimizer that steps in step()"
-            )
         if index in self._homes:
-            self._homes[index].take_in(self._parameters[index])
+            self._homes[index].take_in(parameter)
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
+            if self._is_taken_away(index):
+                raise RuntimeError(self._why_taken_away(index))
             self.has_local_gradients = True
-            self._local[index] = _version(self._parameters[index].grad)
+            self._local[index] = _version(parameter.grad)
             return
         task = _current_graph_task_id()
         if task not in self._tasks:
@@ -385,6 +388,18 @@ class Reducer:
         if self._sends_early and self._order and self._is_last_hook(index):
             self._launch_full_bucket(index)
             self.communicator.poll()
+
+    def _is_taken_away(self, index: int) -> bool:
+        """Whether a gradient that has arrived is gone, by a hook of the user's."""
+        parameter = self._parameters[index]
+        return parameter.grad is None and len(parameter._post_accumulate_grad_hooks or ()) > 1
+
+    def _why_taken_away(self, index: int) -> str:
+        return (
+            f"the gradient of {self._describe(index)} was taken away before it could be reduced, by a hook of "
+            "register_post_accumulate_grad_hook, as optimizers that step within backward() do: each rank would "
+            "step with its own gradient. Use an optimizer that steps in step()"
+        )
 
     def before_adding(self, index: int) -> None:
         """Undo the division by the number of batches (Note [Means of several batches]); called by autograd."""
@@ -794,7 +809,8 @@ class Reducer:
 
     def _misfits(self, gradients: Mapping[int, Tensor]) -> dict[int, str]:
         """Return what is wrong with this rank's gradients, by parameter."""
-        return {
+        taken_away = {index: self._why_taken_away(index) for index in self._arrived if self._is_taken_away(index)}
+        return taken_away | {
             index: f"{self._describe(index)} is {gradient.dtype} on {gradient.device}, but was {bucket.dtype} on "
             f"{bucket.device} when the optimizer was constructed (on rank {self.communicator.rank}): move or convert "
             "the model first, then construct the optimizer"

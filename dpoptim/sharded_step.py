@@ -40,7 +40,7 @@ from dpoptim.divided_state import DividedState
 from dpoptim.divisibility import is_known
 from dpoptim.gradient_home import is_large
 from dpoptim.implementations import sharing_memory
-from dpoptim.partition import Piece, pieces_within, start_offsets
+from dpoptim.partition import Piece, picker, pieces_within, start_offsets
 from dpoptim.step_hooks import bare_step
 
 __all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State"]
@@ -106,7 +106,13 @@ class ShardedStep:
     # ---------------------------------------------------------------- the step
 
     def check(self) -> None:
-        """Raise ``RuntimeError`` if parameters were given memory that they share, so that two parts would step it."""
+        """Follow parameters that lie elsewhere than before, such as by ``p.data = ...``; called before each step.
+
+        Raises
+        ------
+        RuntimeError
+            They share memory now, so that two parts would step it, or have another memory layout.
+        """
         parameters = self._parameters
         addresses = list(map(Tensor.data_ptr, parameters))
         if addresses == self._addresses:
@@ -117,22 +123,26 @@ class ShardedStep:
                 f"parameters of shapes {shapes} were given memory that they share: with shard=True the owner of each "
                 "would step it. Make them one parameter before the optimizer is constructed"
             )
+        for part in self._parts:
+            part.follow_moves(self._state)
         self._addresses = addresses
 
-    def step(self, step: Callable[[], object]) -> frozenset[int]:
-        """Step what this rank owns with the gradients as they are in ``p.grad``; under ``no_grad``.
+    def step(self, step: Callable[[], object], gradients: Sequence[Tensor | None]) -> frozenset[int]:
+        """Step what this rank owns; under ``no_grad``.
 
         Parameters
         ----------
         step : callable
             Makes the step of the optimizer.
+        gradients : sequence
+            What is in ``p.grad`` of all parameters, as the buckets number them.
 
         Returns
         -------
         frozenset of int
             The groups, by number, of which this rank has stepped something.
         """
-        active = [self._units_with_gradient(part) for part in self._parts]
+        active = [self._units_with_gradient(part, part.pick(gradients)) for part in self._parts]
         groups = frozenset(part.group for part, units in zip(self._parts, active, strict=True) if units)
         if not groups:
             return groups
@@ -171,7 +181,7 @@ class ShardedStep:
     def call(self, method: Callable[[], Any]) -> Any:
         """Return what a method of the optimizer returns that acts on what this rank owns; under ``no_grad``."""
         for part in self._parts:
-            part.load_values(self._state)
+            part.load_values()
         with self._in_place_of_parameters([part.units for part in self._parts]):
             return method()
 
@@ -266,9 +276,9 @@ class ShardedStep:
         dtypes = [part.bucket.dtype.to_real() for part in self._parts]
         return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
-    def _units_with_gradient(self, part: "Part") -> list["_Unit"]:
+    def _units_with_gradient(self, part: "Part", gradients: Sequence[Tensor | None]) -> list["_Unit"]:
         """Return the units to step, with their gradients; cut those of which only some parameters have one."""
-        has_gradient = [parameter.grad is not None for parameter in part.parameters]
+        has_gradient = [gradient is not None for gradient in gradients]
         if not any(has_gradient):
             return []
         units: list[_Unit] = []
@@ -277,7 +287,7 @@ class ShardedStep:
             units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)
         part.units = units
         active = [unit for unit in units if has_gradient[unit.pieces[0].position]]
-        part.load(active, self._state)
+        part.load(active, gradients)
         return active
 
     def _cut_unit(self, unit: "_Unit", flags: Sequence[bool]) -> list["_Unit"]:
@@ -398,6 +408,7 @@ class Part:
         self.bucket = bucket
         self.division = bucket.division
         self.parameters = list(parameters)
+        self.pick = picker(bucket.indices)  # the entries of its parameters, out of those of all
         self.group = group
         self._by_element = by_element
         self._are_parameters = are_parameters
@@ -444,21 +455,20 @@ class Part:
             tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
         return _Unit(pieces, tensor)
 
-    def load(self, units: Sequence[_Unit], state: Any) -> None:
-        """Give the units what the parameters and the gradients are now."""
-        self.load_values(state)
+    def load(self, units: Sequence[_Unit], gradients: Sequence[Tensor | None]) -> None:
+        """Give the units what the parameters and these gradients are now."""
+        self.load_values()
         if not self._by_element:
             return
-        own = self.bucket.own_gradients([parameter.grad for parameter in self.parameters])
+        own = self.bucket.own_gradients(gradients)
         if self._are_parameters:
             own = own.clone()
             self._check_attributes()
         for unit in units:
             unit.tensor.grad = own[unit.start : unit.start + unit.tensor.numel()]
 
-    def load_values(self, state: Any) -> None:
+    def load_values(self) -> None:
         """Give the units what the parameters are now."""
-        self._follow_moves(state)
         if self._by_element and self._mirror is not None:
             self._mirror.copy_in(self.parameters)
             self._is_loaded = True
@@ -489,7 +499,8 @@ class Part:
         The same object as long as they are the same.
         """
         if self._lies_apart:
-            self._note_moves()
+            if self._are_parameters:  # its step may have given them other memory
+                self._note_moves()
         elif not self._is_loaded:
             assert self._mirror is not None
             self._mirror.copy_in(self.parameters)
@@ -519,8 +530,8 @@ class Part:
             flat = [parameter.detach().view(-1) for parameter in self.parameters]
             self._to_gather = list(zip(flat, self._counts, strict=True))
 
-    def _follow_moves(self, state: Any) -> None:
-        """Let units that are views of parameters follow them to other memory."""
+    def follow_moves(self, state: Any) -> None:
+        """Let units that are views of parameters follow them to other memory, with their state."""
         if not self._lies_apart:
             return  # they are parameters, or views of memory of this object's
         self._note_moves()
@@ -541,23 +552,20 @@ class _Mirror:
     """Flat memory that stands for pieces of tensors, which are copied into it."""
 
     def __init__(self, flat: Tensor, pieces: Sequence[Piece], shapes: Sequence[torch.Size]) -> None:
-        self.flat = flat
-        self._pieces = pieces
-        self._views = []
-        for piece in pieces:
-            view = flat[piece.offset : piece.offset + piece.numel]
-            shape = shapes[piece.position]
-            self._views.append(view.view(shape) if shape.numel() == piece.numel else view)
+        self._positions = [piece.position for piece in pieces]
+        cut = [piece.numel != shapes[piece.position].numel() for piece in pieces]
+        self._cut = [(number, piece) for number, piece in enumerate(pieces) if cut[number]]
+        self._views = [
+            flat[piece.offset : piece.offset + piece.numel].view(-1 if is_cut else shapes[piece.position])
+            for piece, is_cut in zip(pieces, cut, strict=True)
+        ]
 
-    def copy_in(self, tensors: Sequence[Tensor | None]) -> None:
-        targets, sources = [], []
-        for piece, view in zip(self._pieces, self._views, strict=True):
-            tensor = tensors[piece.position]
-            if tensor is not None:
-                targets.append(view)
-                sources.append(tensor if piece.numel == tensor.numel() else _flat_piece(tensor, piece))
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    def copy_in(self, tensors: Sequence[Tensor]) -> None:
+        sources = [tensors[position] for position in self._positions]
+        for number, piece in self._cut:
+            sources[number] = _flat_piece(sources[number], piece)
+        if sources:
+            torch._foreach_copy_(self._views, sources)
 
 
 def _load_as_the_class_does(optimizer: Optimizer) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoptim.partition import group_by_size
+from dpoptim.partition import group_by_size, picker
 
 __all__ = ["Blocks", "is_plain"]
 
@@ -137,6 +137,7 @@ class _Block:
 
     def __init__(self, members: Sequence[int], lists: Lists, *, have_rates: bool) -> None:
         self._members = members
+        self._pick = picker(members)
         self._entries: list[_Entries] = []
         self.flat: list[Tensor] = []  # what is stepped
         for entries in lists:
@@ -154,13 +155,13 @@ class _Block:
 
     def set_rates(self, rates: Sequence[float], decays: Sequence[float], *, decouples: bool, maximizes: bool) -> None:
         assert self._rates is not None
-        own = ([values[index] for index in self._members] for values in (rates, decays))
+        own = (self._pick(values) for values in (rates, decays))
         self._rates.set(*own, decouples=decouples, maximizes=maximizes)
 
     def takes(self, lists: Lists) -> bool:
         """Whether the members' state still is of one kind; changes nothing outside of the block."""
         for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
-            theirs = [entries[index] for index in self._members]
+            theirs = self._pick(entries)
             if not mine.are_in_place():
                 return False
             if not mine.are(theirs):
@@ -178,11 +179,11 @@ class _Block:
     def load(self, lists: Lists, state: Any) -> None:
         """Copy into the block what is not there already, and give the state of its members to it."""
         self._to_store.clear()
-        parameters = [lists[0][index] for index in self._members]
+        parameters = self._pick(lists[0])
         self._entries[0].copy_in(parameters)
-        self._entries[1].copy_in([lists[1][index] for index in self._members])
+        self._entries[1].copy_in(self._pick(lists[1]))
         for mine, stepped, entries in zip(self._entries[2:], self.flat[2:], lists[2:], strict=True):
-            theirs = [entries[index] for index in self._members]
+            theirs = self._pick(entries)
             if mine.are(theirs):
                 continue
             if stepped is mine.flat:
@@ -247,7 +248,7 @@ class _Entries:
 
     def are_in_place(self) -> bool:
         """Whether the views are still where they were made: nobody has given one of them other memory."""
-        return [view.data_ptr() for view in self.views] == self._addresses
+        return list(map(Tensor.data_ptr, self.views)) == self._addresses
 
     def are(self, others: Sequence[Tensor]) -> bool:
         """Whether these are the views."""
@@ -260,7 +261,7 @@ class _Entries:
             for other, view in zip(others, self.views, strict=True)
         )
 
-    def copy_in(self, others: list[Tensor]) -> None:
+    def copy_in(self, others: list[Tensor] | tuple[Tensor, ...]) -> None:
         torch._foreach_copy_(self.views, others)
 
     def move_in(self, others: Sequence[Tensor], states: Iterable[dict[str, Any]]) -> bool:
@@ -281,7 +282,7 @@ class _CopyOut:
     """Copies from a block to the tensors that it stands for."""
 
     block: _Entries
-    others: list[Tensor]
+    others: list[Tensor] | tuple[Tensor, ...]
 
     def __call__(self) -> None:
         torch._foreach_copy_(self.others, self.block.views)

@@ -11,7 +11,7 @@ A plan is for what it was made for: parameters by identity and address, what the
 layout, hyper-parameters by value. Rates may change as long as those that were equal still are.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpoptim.compiled_step import CompiledStep, StandIn
 from dpoptim.implementations import Implementations, sharing_memory
+from dpoptim.partition import picker
 from dpoptim.step_blocks import Blocks, is_plain
 
 __all__ = ["Found", "Plan"]
@@ -75,12 +76,9 @@ class Found:
             for entries, more in zip(self.lists, lists, strict=True):
                 entries.extend(more or [None] * len(lists[0]))
 
-    def select(self, indices: Iterable[int], uses: Sequence[bool]) -> list[list[Any]]:
-        """Return lists of the entries at these places, empty where one is not used."""
-        return [
-            [entries[index] for index in indices] if used else []
-            for entries, used in zip(self.lists, uses, strict=True)
-        ]
+    def select(self, pick: Callable[[list[Any]], Sequence[Any]], uses: Sequence[bool]) -> list[list[Any]]:
+        """Return lists of the entries that are picked, empty where a list is not used."""
+        return [list(pick(entries)) if used else [] for entries, used in zip(self.lists, uses, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class Plan:
             if not any(key.uses[2:]):
                 continue  # SGD without momentum: the loop takes less than the copies
             number = self._number_of[indices[0]]
-            lists = [entries for entries in found.select(indices, key.uses) if entries]
+            lists = [entries for entries in found.select(picker(indices), key.uses) if entries]
             if (
                 sum(parameter.numel() for parameter in lists[0]) < _RATES_BELOW
                 and not isinstance(found.groups[number]["lr"], Tensor)
@@ -223,7 +221,7 @@ class Plan:
         for call in self.calls:
             call.step(found.groups, state)
         if self._left:
-            lists = [found.select(indices, found.uses[number]) for number, indices in self._left.items()]
+            lists = [found.select(picker(indices), found.uses[number]) for number, indices in self._left.items()]
             groups, results = ([values[number] for number in self._left] for values in (found.groups, found.results))
             self._how.body(StandIn(groups, lists, results, state))
 
@@ -307,7 +305,7 @@ class _Call:
         *,
         have_rates: bool = False,
     ) -> None:
-        self._indices = indices
+        self._pick = picker(indices)
         self._numbers = [number_of[index] for index in indices]
         self._uses = key.uses
         self._way = key.way
@@ -321,7 +319,7 @@ class _Call:
         if have_rates:
             self._options |= {"lr": 1.0, "weight_decay": 0.0}
         self.knows_rates = False
-        self._lists = lists = found.select(indices, key.uses)
+        self._lists = lists = found.select(picker(indices), key.uses)
         used = [entries for entries in lists if entries]
         choice = how.choice
         self._blocks = Blocks(
@@ -334,11 +332,11 @@ class _Call:
             place: parameter.stride() for place, parameter in enumerate(lists[0]) if not parameter.is_contiguous()
         }
         self._state = self._state_apart(lists)
-        self._addresses = list(map(_address, self._state))
+        self._addresses = _addresses(self._state)
 
     def take(self, found: Found) -> bool:
         """Take over the lists; return False if the state, or the order of a parameter's memory, no longer fits."""
-        self._lists = lists = found.select(self._indices, self._uses)
+        self._lists = lists = found.select(self._pick, self._uses)
         if not self._blocks.take([entries for entries in lists if entries]):
             return False
         if self._way != "fused":
@@ -346,7 +344,7 @@ class _Call:
         state = self._state_apart(lists)
         return (
             all(map(is_, state, self._state))
-            and list(map(_address, state)) == self._addresses
+            and _addresses(state) == self._addresses
             and all(lists[0][place].stride() == stride for place, stride in self._strides.items())
         )
 
@@ -411,5 +409,5 @@ def _bring_numbers(lists: Sequence[list[Any]], index: int, kept: dict[str, Any],
 _is_contiguous = Tensor.is_contiguous
 
 
-def _address(entry: Tensor | None) -> int:
-    return 0 if entry is None else entry.data_ptr()
+def _addresses(entries: Sequence[Tensor | None]) -> list[int]:
+    return [0 if entry is None else entry.data_ptr() for entry in entries]
