@@ -86,11 +86,11 @@ test-foreign: $(FOREIGN)/.test
 	$(FOREIGN)/bin/python $(PYTEST) tests/foreign $(WRITE)
 
 # The table of what is supported, from a run of all tests.
-support: PYTEST += --deselect tests/test_support.py::test_the_table_is_not_stale
+support: PYTEST += --deselect tests/programs/test_support.py::test_the_table_is_not_stale
 support: $(MAIN)/.test
 	rm -rf .pytest_cache/support
 	$(call run_tests,$(MAIN))
-	$(MAIN)/bin/python tests/support.py
+	$(MAIN)/bin/python tests/tools/support.py
 
 info: $(MAIN)/.train
 	$(MAIN)/bin/mpirun -n $(RANKS) $(MAIN)/bin/python -m dpoptim info

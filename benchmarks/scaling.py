@@ -29,8 +29,9 @@ _HELD_OUT = [(1, 4, None), (2, 1, "600mbit"), (2, 2, "300mbit"), (3, 1, "1gbit")
 # A model of which no measurement is fitted, not even those of the places above.
 _HELD_OUT_MODEL = "transformer"
 
-_ALONE_BYTES = 1 << 19  # as in dpoptim/gradient_home.py: between nodes a gradient of so many bytes travels alone
-_IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15  # as in dpoptim/messages.py: what goes in pieces between nodes
+_ALONE_BYTES = 1 << 19  # as in dpoptim/gradients/homes.py: between nodes a gradient of so many bytes travels alone
+# As in dpoptim/comm/mpi/messages.py: what goes in pieces between nodes.
+_IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15
 _LOCAL_STEPS = 16
 # On one node a step is short, so that there is time for more rounds.
 _ROUNDS_WITHOUT_LINK = 5

@@ -27,7 +27,7 @@ from models import MODELS, Task, tiny
 from mpi4py import MPI
 from report import tables
 
-from dpoptim.communicator import Communicator
+from dpoptim.comm.communicator import Communicator
 
 comm = MPI.COMM_WORLD
 _WARM_UP_STEPS = 3

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dpoptim.bench import bench
-from dpoptim.class_check import MODES, check_class
-from dpoptim.diagnostics import check, info
-from dpoptim.utils.checkpoint.commands import add_commands, run
+from dpoptim.commands.bench import bench
+from dpoptim.commands.checkpoint import add_commands, run
+from dpoptim.commands.class_check import MODES, check_class
+from dpoptim.commands.diagnostics import check, info
 
 __all__ = ["main"]
 

@@ -1,28 +1,25 @@
 """Communication hooks: how a full bucket becomes its sum over ranks.
 
-A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts
-the sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.communicator.Work` that ends it.
+A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts the
+sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.comm.communicator.Work` that ends it.
 The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
 get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. One that has a true
 attribute ``defers`` as well does nothing but start a sum of the communicator's with this scale; it may be called before
-all ranks have answered (:meth:`~dpoptim.communicator.Communicator.announce_by`). Any other may block or not;
+all ranks have answered (:meth:`~dpoptim.comm.communicator.Communicator.announce_by`). Any other may block or not;
 ``bucket.flat`` is its own until ``Work.wait`` returns, and must then hold the same bits on every rank.
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
 only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func:`sum_over_ranks` does what is needed.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from dpoptim.bucket import Bucket
-from dpoptim.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.gradients.bucket import Bucket
+from dpoptim.gradients.comm_hook import CommHook
 
 __all__ = ["CommHook", "allreduce", "bf16_compress", "fp16_compress", "sum_over_ranks"]
-
-CommHook = Callable[[Communicator, Bucket], Work]
 
 
 def allreduce(communicator: Communicator, bucket: Bucket) -> Work:

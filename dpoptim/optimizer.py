@@ -14,17 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.communicator import Communicator
-from dpoptim.divided import Divided, divided
-from dpoptim.divided_reducer import DividedReducer
-from dpoptim.errors import raised_on_all_ranks
-from dpoptim.hyper_parameters import HyperParameters
-from dpoptim.inner_step import InnerStep
-from dpoptim.kept_attributes import KeptAttributes, aliases_kept
-from dpoptim.normal_tensors import normal_tensors
-from dpoptim.overlap import has_spare_cores, try_overlap
-from dpoptim.preconditions import (
+from dpoptim.checks.alike import check_alike, describe_module, parameter_names, qualified_name
+from dpoptim.checks.arguments import (
     already_reduced,
     argument_error,
     check_closure,
@@ -37,12 +28,21 @@ from dpoptim.preconditions import (
     naming_gradients,
     parameter_error,
 )
-from dpoptim.reducer import Reducer
-from dpoptim.roll_call import RollCall
-from dpoptim.sharded_state import gather_form, scatter_form
-from dpoptim.signature import check_alike, describe_module, parameter_names, qualified_name
-from dpoptim.step_hooks import FIRST_HOOK, run_hooks_around_step
-from dpoptim.torch_calls import forget, make_known
+from dpoptim.checks.hyper_parameters import HyperParameters
+from dpoptim.checks.torch_calls import forget, make_known
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.normal_tensors import normal_tensors
+from dpoptim.comm.overlap import has_spare_cores, try_overlap
+from dpoptim.comm.roll_call import RollCall
+from dpoptim.comm_hooks import CommHook, allreduce
+from dpoptim.gradients.reducer import Reducer
+from dpoptim.gradients.sharded_reducer import DividedReducer
+from dpoptim.modes.sharded import Divided, divided
+from dpoptim.modes.whole_state import gather_form, scatter_form
+from dpoptim.step.inner_step import InnerStep
+from dpoptim.step.kept_attributes import KeptAttributes, aliases_kept
+from dpoptim.step.step_hooks import FIRST_HOOK, run_hooks_around_step
 from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
     Form,
@@ -88,7 +88,7 @@ class DataParallelOptimizer(Optimizer):
     overlap : "auto" or bool
         Whether gradients are sent while backward goes on, or when it ends. Where every rank is alone on its node,
         backward's hooks see to it unless a thread does it better; elsewhere a thread does (needs MPI_THREAD_MULTIPLE
-        and a core to spare). ``"auto"`` tries what pays (:mod:`dpoptim.overlap`), once for ``comm``.
+        and a core to spare). ``"auto"`` tries what pays (:mod:`dpoptim.comm.overlap`), once for ``comm``.
     comm_hook : callable, optional
         How a bucket is summed; see :mod:`dpoptim.comm_hooks`.
     accumulate : int

@@ -40,10 +40,10 @@ from torch.optim.swa_utils import (
     get_swa_multi_avg_fn,
 )
 
-from dpoptim.communicator import Communicator
-from dpoptim.errors import raised_on_all_ranks
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.fall_through import fall_through
-from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
 __all__ = [

@@ -9,11 +9,11 @@ default then, to rounding.
 Note [Choosing the implementation]
 ----------------------------------
 :data:`CHOICES` says what is fastest on CPU; it was measured (``benchmarks/optimizers.py``). Where torch has a fused
-kernel it is fused, and small tensors are stepped together (:mod:`dpoptim.step_blocks`). Where it has none, the step is
-*flat*: the loop over few blocks of a size that fits the cache, with the same bits as the loop over parameters. On
-another device it is fused where torch can, else torch's default. The choice is made for each parameter at each step,
-since it may be wrong for some (:mod:`dpoptim.implementations`); ``param_groups`` keep no mark of it. A group that names
-``fused``, ``foreach``, ``differentiable`` or ``capturable`` is stepped by torch alone.
+kernel it is fused, and small tensors are stepped together (:mod:`dpoptim.step.step_blocks`). Where it has none, the
+step is *flat*: the loop over few blocks of a size that fits the cache, with the same bits as the loop over parameters.
+On another device it is fused where torch can, else torch's default. The choice is made for each parameter at each step,
+since it may be wrong for some (:mod:`dpoptim.step.implementations`); ``param_groups`` keep no mark of it. A group that
+names ``fused``, ``foreach``, ``differentiable`` or ``capturable`` is stepped by torch alone.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices, _get_fused_kernels_supported_devices
 
-from dpoptim.compiled_step import check_compiler
-from dpoptim.flat_step import FlatStep
-from dpoptim.implementations import Choice, Implementations
-from dpoptim.reducer import is_reduced
+from dpoptim.gradients.reducer import is_reduced
+from dpoptim.step.compiled_step import check_compiler
+from dpoptim.step.flat_step import FlatStep
+from dpoptim.step.implementations import Choice, Implementations
 
 if TYPE_CHECKING:
     from torch.optim import (

@@ -28,12 +28,12 @@ import torch
 from meeting import meet
 from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
-import dpoptim.gradient_home
+import dpoptim.gradients.homes
 import dpoptim.optimizer
-from dpoptim.communicator import Communicator
-from dpoptim.messages import Messages
-from dpoptim.overlap import Trial
-from dpoptim.polled_messages import PolledMessages
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.mpi.messages import Messages
+from dpoptim.comm.mpi.polled import PolledMessages
+from dpoptim.comm.overlap import Trial
 
 UNDER_MPIRUN = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 if UNDER_MPIRUN:
@@ -127,12 +127,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 @pytest.fixture(autouse=True)
 def _large_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three ranks take the gradients of the tests' small models for large ones (dpoptim/gradient_home.py)."""
+    """With three ranks take the gradients of the tests' small models for large ones (dpoptim/gradients/homes.py)."""
     if UNDER_MPIRUN:
         from mpi4py import MPI
 
         if MPI.COMM_WORLD.size == 3:
-            monkeypatch.setattr(dpoptim.gradient_home, "_LARGE_BYTES", 16)
+            monkeypatch.setattr(dpoptim.gradients.homes, "_LARGE_BYTES", 16)
 
 
 @pytest.fixture(autouse=True)

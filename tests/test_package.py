@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -14,111 +15,82 @@ import torch
 import dpoptim
 
 ROOT = Path(dpoptim.__file__).parent
-LEVELS = {
-    "version": 0,
-    "errors": 0,
-    "fall_through": 0,
-    "partition": 0,
-    "gradient_home": 0,
-    "hyper_parameters": 0,
-    "normal_tensors": 0,
-    "layers": 0,
-    "backward_passes": 0,
-    "sparse_gradients": 6,
-    "bucket": 1,
-    "canaries": 2,
-    "torch_calls": 1,
-    "device_memory": 0,
-    "sleeping_barrier": 0,
-    "huge_pages": 0,
-    "topology": 0,
-    "in_flight": 0,
-    "step_hooks": 0,
-    "divided_state": 0,
-    "divisibility": 0,
-    "kept_attributes": 2,
-    "inner_step": 1,
-    "compiled_step": 1,
-    "implementations": 1,
-    "step_blocks": 1,
-    "step_plan": 2,
-    "flat_step": 3,
-    "sharding": 2,
-    "sharded_step": 4,
-    "messages": 1,
-    "shared_memory": 1,
-    "staging_area": 2,
-    "lent_memory": 2,
-    "polled_messages": 2,
-    "peer_memory": 3,
-    "small_sums": 2,
-    "exchange": 4,
-    "communicator": 5,
-    "roll_call": 6,
-    "node_shared": 6,
-    "overlap": 6,
-    "step_numbers": 6,
-    "comm_hooks": 6,
-    "utils": 7,
-    "reducer": 7,
-    "divided_reducer": 8,
-    "node_average": 8,
-    "signature": 8,
-    "preconditions": 8,
-    "sharded_state": 8,
-    "divided": 9,
-    "optimizer": 10,
-    "daso": 11,
-    "torch_optim": 11,
-    "lr_scheduler": 11,
-    "swa_utils": 11,
-    "heat": 12,
-    "class_check": 12,
-    "diagnostics": 12,
-    "bench": 12,
-    "__main__": 13,
-    "__init__": 13,
-}
+# The one list of folders, from the lowest on: the first column of the table in docs/architecture.md.
+PAGE = (ROOT.parent / "docs/architecture.md").read_text()
+ORDER = re.findall(r"^\| `([\w.]+)/?` \|", PAGE.partition("## Folders")[2].partition("\n## ")[0], re.MULTILINE)
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = sorted(".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES)
 
 
 def _place(dotted):
-    """Return the name in LEVELS of a module such as ``dpoptim.utils.consistency``."""
+    """Return the folder, or the file beside the folders, of a module such as ``dpoptim.utils.consistency``."""
     parts = dotted.split(".")[1:]
-    return parts[0] if parts else "__init__"
+    name = parts[0] if parts else "__init__"
+    return name if (ROOT / name).is_dir() else f"{name}.py"
 
 
 def _imports(path):
+    """Yield the modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "dpoptim":
-                known = (f"dpoptim.{alias.name}" for alias in node.names)
-                yield from (name if _place(name) in LEVELS else "dpoptim" for name in known)
-            else:
-                yield node.module
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = name in MODULES or f"{name}.__init__" in MODULES
+                yield name if is_module else node.module
+
+
+def test_every_folder_and_file_has_its_place():
+    there = {_place(name) for name in MODULES}
+    assert sorted(ORDER) == sorted(there), "docs/architecture.md has a row for each folder and file"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_lower_levels(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    own = parts[0]
-    assert own in LEVELS, f"give {own} a level here and in docs/architecture.md"
+def test_a_file_imports_only_from_lower_folders(path):
+    own = path.relative_to(ROOT).parts[0]
     for name in _imports(path):
-        if name.split(".")[0] != "dpoptim":
-            continue
-        other = _place(name)
-        if other == own and len(parts) > 1:
-            continue  # within a package
-        assert LEVELS[other] < LEVELS[own], f"{own} (level {LEVELS[own]}) imports {other} (level {LEVELS[other]})"
+        if name.split(".")[0] == "dpoptim" and (other := _place(name)) != own:
+            assert ORDER.index(other) < ORDER.index(own), f"{own} imports {name}, which lies above it"
 
 
-def test_one_file_calls_mpi():
-    users = [path.name for path in FILES if any(name.startswith("mpi4py") for name in _imports(path))]
-    assert users == ["messages.py"]
+def test_no_circle_of_imports():
+    known = {name: {n for n in _imports(path) if n.startswith("dpoptim")} for name, path in _paths().items()}
+    waiting = {name: others & known.keys() for name, others in known.items()}
+    while ready := {name for name, others in waiting.items() if not others}:
+        waiting = {name: others - ready for name, others in waiting.items() if name not in ready}
+    assert not waiting, "a file here imports another one that imports it"
+
+
+def _paths():
+    dotted = (path.relative_to(ROOT.parent).with_suffix("").parts for path in FILES)
+    return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(dotted, FILES, strict=True)}
+
+
+# What a folder, or a file, must not know, whatever the order allows.
+NEVER = [
+    ("comm", r"dpoptim\.(?!comm\b|partition\b)"),
+    ("comm/node", r"mpi4py|dpoptim\.comm\.mpi"),
+    ("gradients", r"dpoptim\.(step|modes|checks|optimizer)\b"),
+    ("step", r"dpoptim\.(modes|checks|optimizer|comm\.(?!errors\b))"),
+    ("utils/state_dict.py", r"dpoptim\.comm\b|mpi4py"),
+]
+
+
+@pytest.mark.parametrize(("where", "what"), NEVER, ids=[where for where, _ in NEVER])
+def test_what_must_not_be_known(where, what):
+    for path in [ROOT / where] if where.endswith(".py") else sorted((ROOT / where).rglob("*.py")):
+        for name in _imports(path):
+            assert not re.match(what, name), f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize(("library", "folder"), [("mpi4py", "comm/mpi"), ("heat", "heat")])
+def test_one_folder_knows_a_library(library, folder):
+    users = [path for path in FILES if any(name.split(".")[0] == library for name in _imports(path))]
+    assert users
+    for path in users:
+        assert path.is_relative_to(ROOT / folder), path
 
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
@@ -202,11 +174,11 @@ def test_names_of_ours_are_never_torchs(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "optimizer", torch_module, raising=False)
     monkeypatch.setattr(torch.optim, "sgd", torch_module, raising=False)
-    monkeypatch.setattr(torch.optim, "diagnostics", torch_module, raising=False)
+    monkeypatch.setattr(torch.optim, "commands", torch_module, raising=False)
     assert dpoptim.optimizer.__name__ == "dpoptim.optimizer"
-    from dpoptim import diagnostics
+    from dpoptim import commands
 
-    assert diagnostics.__name__ == "dpoptim.diagnostics"
+    assert commands.__name__ == "dpoptim.commands"
     for name in ("sgd", "Sgd", "__wrapped__", "__path_"):
         assert not hasattr(dpoptim, name)
     assert hasattr(dpoptim, "__path__")

@@ -9,8 +9,8 @@ import torch
 from heat import DNDarray
 from torch import Tensor, nn
 
-from dpoptim.communicator import Communicator
-from dpoptim.roll_call import RollCall
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["LocalPart", "batches", "gradients", "local_part", "parameters"]

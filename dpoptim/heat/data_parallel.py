@@ -8,8 +8,8 @@ import heat
 from torch import nn
 
 import dpoptim.daso
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.heat.dp_optimizer import DASO, DataParallelOptimizer
-from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["DataParallel", "DataParallelMultiGPU"]

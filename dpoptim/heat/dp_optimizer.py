@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 import dpoptim.daso
 import dpoptim.optimizer
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce, bf16_compress, fp16_compress
 from dpoptim.heat.succession import Replaceable, make_way
-from dpoptim.roll_call import RollCall
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["DASO", "DataParallelOptimizer"]

@@ -21,11 +21,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from dpoptim.communicator import Communicator
-from dpoptim.errors import raised_on_all_ranks
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.gradients.reducer import Reducer, reducers_of
 from dpoptim.optimizer import DataParallelOptimizer
-from dpoptim.reducer import Reducer, reducers_of
-from dpoptim.step_hooks import FIRST_HOOK
+from dpoptim.step.step_hooks import FIRST_HOOK
 
 __all__ = ["Replaceable", "make_way"]
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dpoptim.communicator import Communicator
-from dpoptim.errors import raised_on_all_ranks
-from dpoptim.roll_call import RollCall
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.roll_call import RollCall
 
 __all__ = ["ParameterFacts", "check_optimizers_agree", "check_replicas", "digest", "raise_together", "run_together"]
 

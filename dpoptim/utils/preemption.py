@@ -2,7 +2,7 @@
 
 Batch systems warn a job before they end it, with a signal, and often to one process of many. Ranks that act on
 it alone leave the others waiting. Here the signal only sets a flag, which travels with the all-reduce that every
-reduction of gradients begins with anyway (Note [Roll call] in ``dpoptim/roll_call.py``)::
+reduction of gradients begins with anyway (Note [Roll call] in ``dpoptim/comm/roll_call.py``)::
 
     stop = preemption.StopSignal(opt)
     for x, y in loader:
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from dpoptim.roll_call import RollCall
+from dpoptim.comm.roll_call import RollCall
 
 __all__ = ["EXIT_CODE", "StopSignal"]
 

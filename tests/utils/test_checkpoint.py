@@ -11,8 +11,7 @@ import safetensors
 import torch
 from checkpoints import MODES, Run, agreed, sub_communicators
 from meeting import meet
-from oracle import EVERY_OPTIMIZER, NAMES_AND_MODES, OPTIMIZERS, assert_same_parameters, seeded
-from test_state_dict import assert_same
+from oracle import EVERY_OPTIMIZER, NAMES_AND_MODES, OPTIMIZERS, assert_same, assert_same_parameters, seeded
 from torch import nn
 
 import dpoptim

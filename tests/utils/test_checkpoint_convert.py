@@ -7,8 +7,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from oracle import Net, joined_batch, seeded, train
-from test_state_dict import assert_same
+from oracle import Net, assert_same, joined_batch, seeded, train
 
 from dpoptim.__main__ import main
 from dpoptim.utils import checkpoint

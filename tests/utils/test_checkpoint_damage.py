@@ -14,8 +14,7 @@ import torch
 from checkpoints import agreed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Net, joined_batch, seeded, train
-from test_state_dict import assert_same
+from oracle import Net, assert_same, joined_batch, seeded, train
 from torch import nn
 
 import dpoptim

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpoptim.communicator import Communicator
+from dpoptim.comm.communicator import Communicator
 from dpoptim.utils.consistency import check_replicas, digest, raise_together
 
 pytestmark = pytest.mark.parallel

@@ -6,31 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import OPTIMIZERS, Net, joined_batch, seeded, train
-from torch import Tensor
+from oracle import OPTIMIZERS, Net, assert_same, joined_batch, seeded, train
 
 from dpoptim.utils import state_dict as sd
 
 PARTITIONS = {"element": sd.slices_by_element, "parameter": sd.slices_by_parameter}
-
-
-def assert_same(a, b, path=""):
-    """Assert that two trees are equal, bit for bit and type for type."""
-    assert type(a) is type(b), f"{path}: {type(a)} and {type(b)}"
-    if isinstance(a, Tensor):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-        a, b = (t.resolve_conj().reshape(-1) for t in (a, b))
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}.{index}")
-    else:
-        assert repr(a) == repr(b), f"{path}: {a} and {b}"  # NaN equals itself here
 
 
 def trained(name, options):

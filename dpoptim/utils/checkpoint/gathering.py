@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoptim.errors import raised_on_all_ranks
+from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.utils.checkpoint.files import Source
 from dpoptim.utils.checkpoint.index import DTYPES, Index
 from dpoptim.utils.checkpoint.parts import (

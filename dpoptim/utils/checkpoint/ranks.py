@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
-from dpoptim.errors import raised_on_all_ranks
-from dpoptim.roll_call import RollCall
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.utils.checkpoint.error import CheckpointError
 
 __all__ = ["ONE_PROCESS", "Ranks", "attempt", "meet", "together"]
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class Ranks(Protocol):
-    """What of a :class:`~dpoptim.communicator.Communicator` is needed here."""
+    """What of a :class:`~dpoptim.comm.communicator.Communicator` is needed here."""
 
     rank: int
     world_size: int
@@ -85,7 +85,7 @@ def together(ranks: Ranks, error: Exception | None) -> None:
 
 def _has_mpi() -> bool:
     try:
-        from dpoptim.communicator import Communicator
+        from dpoptim.comm.communicator import Communicator
 
         Communicator.shared()
     except (ImportError, RuntimeError):

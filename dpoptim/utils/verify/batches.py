@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoptim.communicator import Communicator
-from dpoptim.errors import raised_on_all_ranks
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["join_batches"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpoptim.communicator import Communicator
-from dpoptim.roll_call import RollCall
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.roll_call import RollCall
 from dpoptim.utils.checkpoint.rng import get_rng
 from dpoptim.utils.consistency import digest, raise_together, run_together
 from dpoptim.utils.verify.batches import join_batches

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpoptim.communicator import Communicator
+from dpoptim.comm.communicator import Communicator
 from dpoptim.utils.checkpoint.rng import get_rng, set_rng
 from dpoptim.utils.verify.comparing import coarsest, largest_gradient
 from dpoptim.utils.verify.copies import TrainingCopy, make_plain

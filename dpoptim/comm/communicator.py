@@ -1,0 +1,485 @@
+"""Communicator: collectives on torch tensors of any dtype, size and device, beside the computation if asked for."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dpoptim.comm.device_memory import host_memory, on_same_stream
+from dpoptim.comm.errors import abort_on_uncaught_exception
+from dpoptim.comm.mpi import messages
+from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum
+from dpoptim.comm.node.lent_memory import LentMemory
+from dpoptim.comm.node.peer_memory import MAX_NOTED, PeerMemory
+from dpoptim.comm.node.shared_memory import SharedMemory, sums
+from dpoptim.comm.node.small_sums import SmallSum
+from dpoptim.comm.router import DONE, Exchange, Work
+from dpoptim.comm.topology import Topology
+from dpoptim.partition import even_counts, start_offsets
+
+__all__ = ["Communicator", "Work"]
+
+_Result = TypeVar("_Result")
+
+
+class _Submitted:
+    """A collective that runs on the communicator's own thread."""
+
+    def __init__(self, future: "Future[None]") -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+
+class Communicator:
+    """Collectives of torch tensors over a private duplicate of an MPI communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm or heat.core.communication.MPICommunication, optional
+        An intracommunicator; ``None`` is ``COMM_WORLD``. It is duplicated, so that messages of two
+        ``Communicator`` objects, or of one and its user, never meet.
+    overlap : bool
+        Whether collectives started with ``async_op=True`` run on a thread of this object's own while the caller
+        goes on. Needs ``MPI_THREAD_MULTIPLE``. Otherwise they are finished when the call returns, or in a node when
+        the first of several is waited for (Note [Batches] in peer_memory.py).
+
+    Attributes
+    ----------
+    rank, world_size : int
+        This rank's number, and how many there are.
+
+    Notes
+    -----
+    Construction, ``free`` and every method named after a collective are collective: all ranks of the communicator
+    call them, in the same order. Tensors must be contiguous and of equal dtype on all ranks; they belong to the
+    communicator until the call returns, or with ``async_op=True`` until ``Work.wait`` returns. Results that go to
+    all ranks are the same bits on all.
+    """
+
+    max_message_bytes = 1 << 30
+
+    def __init__(self, comm: Any = None, *, overlap: bool = False) -> None:
+        self._begin(Messages(comm, self.max_message_bytes), overlap)
+
+    def _begin(self, own_messages: Messages, overlap: bool, *, patient: bool = False, polled: bool = False) -> None:
+        self._messages = own_messages
+        self.rank, self.world_size = own_messages.rank, own_messages.world_size
+        has_thread = overlap and not polled
+        if has_thread and not messages.takes_threads():
+            own_messages.free()
+            raise ValueError(
+                "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
+                "use overlap=False"
+            )
+        self._exchange = Exchange(own_messages, patient=patient and overlap, polled=polled and overlap)
+        self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
+        if self.world_size > 1:
+            abort_on_uncaught_exception(messages.abort)
+
+    @classmethod
+    def shared(cls, comm: Any = None) -> "Communicator":
+        """Return the one duplicate of ``comm`` that all callers share; collective at the first call for ``comm``."""
+        found = messages.attached(comm)
+        if found is None:
+            found = cls(comm)
+            messages.attach(comm, found)
+        assert isinstance(found, cls)
+        return found
+
+    @property
+    def topology(self) -> Topology:
+        """Which ranks share a node."""
+        return self._exchange.topology
+
+    @property
+    def overlap(self) -> bool:
+        """Whether collectives with ``async_op=True`` go on while the caller does."""
+        return self._thread is not None or self.is_polled
+
+    @property
+    def is_polled(self) -> bool:
+        """Whether they go on as far as the caller calls :meth:`poll`, rather than by a thread."""
+        return self._exchange.is_polled
+
+    def poll(self) -> None:
+        """Go on with what was started with ``async_op=True``; local, does not block.
+
+        To be called often while they are under way; more often than every 0.1 ms costs little and does nothing.
+        """
+        self._exchange.poll()
+
+    @property
+    def scales_for_free(self) -> bool:
+        """Whether the factor of a sum costs nothing, as where ranks of a node sum it.
+
+        By messages it is a pass over the tensor, which the caller had better make itself: the thread sends meanwhile.
+        """
+        return self._exchange.sums_in_node
+
+    # ---------------------------------------------------------------- collectives on tensors
+
+    def all_reduce(self, tensor: Tensor, *, scale: float = 1.0, async_op: bool = False) -> Work:
+        """Sum ``scale * tensor`` over all ranks, in place; collective.
+
+        Parameters
+        ----------
+        tensor : Tensor
+            Contiguous; floating point, complex or integer. bfloat16 and float16 are summed in float32.
+        scale : float
+            This rank's factor, such as its weight in a mean. Costs nothing in shared memory, one pass elsewhere.
+        async_op : bool
+            Let the communicator do it beside the computation, or together with others.
+
+        Raises
+        ------
+        TypeError
+            The dtype has no sum (bool, 8-bit floats).
+        ValueError
+            The tensor is not contiguous.
+        """
+        flat = _flat(tensor)
+        _check_summable(flat.dtype)
+        return self._run(self._exchange.all_reduce, (flat,), scale, async_op=async_op)
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        tensor: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scale: float = 1.0,
+        async_op: bool = False,
+    ) -> Work:
+        """Sum ``scale * tensor`` over all ranks and keep this rank's part in ``output``; collective.
+
+        Parameters
+        ----------
+        output : Tensor, numel ``counts[rank]``
+            Receives the sum of this rank's part; may be that part of ``tensor``.
+        tensor : Tensor, numel ``sum(counts)``
+            The parts of all ranks, one after another. Left unchanged, but for ``output`` if that is a part of it.
+        counts : sequence of int, optional
+            Elements of each rank's part; by default as equal as possible (:func:`~dpoptim.partition.even_counts`).
+        scale : float
+            This rank's factor.
+        """
+        flat = _flat(tensor)
+        _check_summable(flat.dtype)
+        counts = self._checked_counts(output, tensor, counts)
+        return self._run(self._exchange.reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
+
+    def all_gather(
+        self,
+        output: Tensor,
+        tensor: Tensor | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work:
+        """Collect every rank's ``tensor`` in ``output``, one after another; collective. Any dtype.
+
+        Parameters
+        ----------
+        output : Tensor, numel ``sum(counts)``
+            Receives all parts. ``tensor`` may be this rank's part of it.
+        tensor : Tensor, numel ``counts[rank]``, optional
+            This rank's part; by default it is in its place already.
+        counts : sequence of int, optional
+            Elements of each rank's part; by default as equal as possible.
+        """
+        counts = self._checked_counts(tensor, output, counts)
+        flat = _flat(output)
+        if tensor is not None:
+            own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
+            if own.data_ptr() != tensor.data_ptr():
+                own.copy_(_flat(tensor))
+        return self._run(self._exchange.all_gather, (flat,), counts, async_op=async_op)
+
+    def prepare_all_gathers(self, outputs: Sequence[tuple[Tensor, Sequence[int]]]) -> "Callable[[], Sequence[Work]]":
+        """Return what starts :meth:`all_gather` of each of these outputs; local, calling it is collective.
+
+        What can be found out beforehand is, so that it may be called at every step for little. This rank's parts are in
+        their places.
+
+        Parameters
+        ----------
+        outputs : sequence of (Tensor, sequence of int)
+            Tensors and the elements of each rank's part.
+        """
+        flat = [(_flat(output), self._checked_counts(None, output, counts)) for output, counts in outputs]
+        peers = self._deferring()
+        if peers is None or not all(tensor.device.type == "cpu" for tensor, _ in flat):
+            return lambda: [self._run(self._exchange.all_gather, (t,), counts, async_op=True) for t, counts in flat]
+        note = peers.prepare_all_gathers(flat)
+
+        def start() -> list[Work]:
+            note()
+            return [peers]
+
+        return start
+
+    def broadcast(self, tensor: Tensor, *, root: int = 0, async_op: bool = False) -> Work:
+        """Copy rank ``root``'s ``tensor`` to all ranks, in place; collective. Any dtype."""
+        if not 0 <= root < self.world_size:
+            raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}, got {root}")
+        return self._run(self._exchange.broadcast, (_flat(tensor),), root, async_op=async_op)
+
+    def start_sum(self, numbers: Sequence[float]) -> "PendingSum | SmallSum":
+        """Start the sums of a few numbers over all ranks, in float64; collective, does not block.
+
+        This object's thread has no part in it. It goes on only while this rank calls ``test`` of what is returned, or
+        ``wait``, which returns the sums; one ends before the next starts.
+        """
+        return self._exchange.start_sum(numbers)
+
+    def defers(self, count: int, dtypes: Iterable[torch.dtype]) -> bool:
+        """Whether that many sums of CPU tensors with ``async_op=True`` do nothing before the first is waited for.
+
+        Then a meeting of all ranks can serve them (:meth:`announce_by`). Not before the node's memory was first used.
+        """
+        peers = self._deferring()
+        return peers is not None and 0 < count < MAX_NOTED and all(sums(dtype.to_real()) for dtype in dtypes)
+
+    def announce_by(self, meet: Callable[[], _Result]) -> _Result:
+        """Meet all ranks by ``meet()``, so that what was deferred needs no such meeting of its own; collective.
+
+        All that was started with ``async_op=True`` was deferred (:meth:`defers`), and is waited for before more is
+        started. If the meeting fails, as it does on all ranks alike, it never begins. Returns what ``meet()`` returns.
+        """
+        peers = self._deferring()
+        assert peers is not None
+        return peers.announce_by(meet)
+
+    def divide_deferred(self, divisor: float) -> None:
+        """Divide the scales of all sums that are deferred, by the same on all ranks; local."""
+        peers = self._deferring()
+        assert peers is not None
+        peers.divide(divisor)
+
+    def _deferring(self) -> PeerMemory | None:
+        return self._exchange.deferring() if self._thread is None else None
+
+    def finish(self, works: Iterable[Work], numbers: Callable[[], Sequence[float]]) -> list[float]:
+        """Wait for works, then sum a few numbers over all ranks, in float64; collective, blocks.
+
+        Ranks that read each other's memory meet once less than for both by themselves.
+
+        Parameters
+        ----------
+        works : iterable of Work
+            All of this object's own that are under way, in the order in which they were started.
+        numbers : callable
+            Returns what to sum; called when the works are done, whose tensors it may read and not write to.
+        """
+
+        def wait_and_sum() -> list[float]:
+            for work in works:
+                work.wait()
+            return self.start_sum(numbers()).wait()
+
+        peers = self._deferring()
+        return wait_and_sum() if peers is None else peers.end_by(wait_and_sum)
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
+
+        MPI does it itself, without this object's thread, and may go on only while some MPI call of this rank runs. It
+        pairs with the same call on the other ranks, not with :meth:`all_reduce`. ``tensor`` belongs to the communicator
+        until ``Pending.wait`` has returned or ``Pending.test`` has returned True.
+        """
+        return self._messages.start_all_reduce(_flat(tensor))
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here; collective."""
+        self._messages.barrier()
+
+    # ---------------------------------------------------------------- in a node
+
+    def reduce_scatter_in_node(
+        self, output: Tensor, tensor: Tensor, *, counts: Sequence[int], scale: float = 1.0, async_op: bool = False
+    ) -> Work:
+        """Sum ``scale * tensor`` over all ranks of all nodes, each part at one rank of every node; collective.
+
+        Parameters
+        ----------
+        output : Tensor, numel ``counts[local_rank]``
+            Receives the sum of this rank's part; may be that part of ``tensor``.
+        tensor : Tensor, numel ``sum(counts)``
+            The parts of all ranks of a node, one after another; the same division on every node.
+        counts : sequence of int
+            Elements of each local rank's part.
+        scale : float
+            This rank's factor.
+
+        Raises
+        ------
+        RuntimeError
+            On every rank, if there is no shared memory.
+        """
+        flat = _flat(tensor)
+        counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
+        return self._run(self._exchange.reduce_scatter_in_node, (_flat(output), flat), counts, scale, async_op=async_op)
+
+    def node_barrier(self) -> None:
+        """Wait until all ranks of this node are here; collective in the node."""
+        self._exchange.node_barrier()
+
+    def share_in_node(self, num_bytes: int) -> SharedMemory:
+        """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.
+
+        Raises
+        ------
+        OSError
+            On every rank, if a node has none.
+        """
+        return self._exchange.share_in_node(num_bytes)
+
+    def lends(self) -> bool:
+        """Whether tensors are summed faster in memory of :meth:`lend`; collective at first."""
+        return self._thread is None and self._exchange.lends()
+
+    def lend(self, num_bytes: int) -> LentMemory | None:
+        """Return memory that all ranks map, if there is any, instead of what was lent before; collective, blocks.
+
+        Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes nothing is lent
+        any more; local then, between the same collectives of all ranks. No collective is under way.
+        """
+        return self._exchange.lend(num_bytes)
+
+    def node_memory(self) -> str:
+        """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""
+        return self._exchange.node_memory()
+
+    def peer_memory(self) -> str:
+        """Say whether ranks of this node read each other's memory, and if not, why; collective at first."""
+        return self._exchange.peer_memory()
+
+    # ---------------------------------------------------------------- small Python objects
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Return every rank's ``item``, in the order of ranks; collective. For small things: it is pickled."""
+        return self._messages.all_gather_object(item)
+
+    def broadcast_object(self, item: Any, *, root: int = 0) -> Any:
+        """Return rank ``root``'s ``item``; collective. For small things: it is pickled."""
+        return self._messages.broadcast_object(item, root)
+
+    # ---------------------------------------------------------------- what this is
+
+    def library(self) -> dict[str, str]:
+        """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
+        return messages.library()
+
+    def duplicate(self, *, overlap: bool = False, patient: bool = False, polled: bool = False) -> "Communicator":
+        """Return a communicator of the same ranks with messages of its own; collective.
+
+        Parameters
+        ----------
+        overlap : bool
+            As in the constructor.
+        patient : bool
+            Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
+            whole core. For long transfers beside a computation; only together with ``overlap``.
+        polled : bool
+            Have no thread: sums and gathers with ``async_op=True`` go on while the caller calls :meth:`poll`. Only
+            together with ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
+        """
+        made = object.__new__(Communicator)
+        made._begin(self._messages.duplicate(), overlap, patient=patient, polled=polled)
+        return made
+
+    def split(
+        self, color: int | None, key: int = 0, *, overlap: bool = False, patient: bool = False
+    ) -> "Communicator | None":
+        """Return a communicator of the ranks that give the same color; collective.
+
+        Parameters
+        ----------
+        color : int or None
+            Which of the new communicators this rank belongs to, >= 0; with None it belongs to none.
+        key : int
+            Ranks are numbered by it, then by their old rank.
+        overlap, patient : bool
+            As in :meth:`duplicate`.
+
+        Returns
+        -------
+        Communicator or None
+            None where ``color`` is None.
+        """
+        part = self._messages.split(color, key)
+        if part is None:
+            return None
+        made = object.__new__(Communicator)
+        made._begin(part, overlap, patient=patient)
+        return made
+
+    def free(self) -> None:
+        """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._exchange.free()
+
+    # ---------------------------------------------------------------- how
+
+    def _run(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any, async_op: bool) -> Work:
+        """Run a collective of these tensors: here, on the thread, or with others as far as it can wait."""
+        if self._thread is not None and async_op:
+            on_stream = on_same_stream(self._run_on_host, tensors[0].device)
+            return _Submitted(self._thread.submit(lambda: on_stream(collective, tensors, *args).wait()))
+        self._exchange.may_wait = async_op
+        try:
+            work = self._run_on_host(collective, tensors, *args)
+        finally:
+            self._exchange.may_wait = False
+        if async_op:
+            return work
+        work.wait()
+        return DONE
+
+    def _run_on_host(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any) -> Work:
+        if tensors[0].device.type == "cpu":
+            return collective(*tensors, *args)
+        with host_memory(*tensors, direct=messages.reads_device_memory) as hosts:
+            collective(*hosts, *args).wait()
+        return DONE
+
+    def _checked_counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
+        """Return each rank's share in numbers of the flat view, where a complex element is two."""
+        counts = even_counts(whole.numel(), self.world_size) if counts is None else counts
+        is_valid = len(counts) == self.world_size and sum(counts) == whole.numel()
+        if not is_valid or (part is not None and counts[self.rank] != part.numel()):
+            given = "" if part is None else f" and give this rank its part ({part.numel()})"
+            raise ValueError(
+                f"counts must have one entry a rank ({self.world_size}), sum to the whole tensor ({whole.numel()})"
+                f"{given}, got {list(counts)} on rank {self.rank}"
+            )
+        if part is not None and (part.dtype != whole.dtype or part.device != whole.device):
+            raise ValueError(
+                f"the part must have the dtype and device of the whole, {whole.dtype} on {whole.device}, got "
+                f"{part.dtype} on {part.device}"
+            )
+        return tuple(2 * count for count in counts) if whole.is_complex() else tuple(counts)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return a 1-d view on the numbers of a contiguous tensor; complex ones as pairs of reals."""
+    if tensor.dim() == 1 and tensor.is_contiguous() and not (tensor.requires_grad or tensor.is_complex()):
+        return tensor
+    tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"tensor must be contiguous, got strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
+        )
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(-1)
+
+
+def _check_summable(dtype: torch.dtype) -> None:
+    if not messages.has_sum(dtype):
+        raise TypeError(f"tensors of {dtype} have no sum over ranks: convert to a wider dtype first")

@@ -1,0 +1,564 @@
+"""DASO: exchange between nodes every few batches, and only in part, where the network between them is slow.
+
+Note [Phases]
+-------------
+In the blocking phases (warm-up and cool-down) gradients are averaged over all ranks in every step, as a
+:class:`~dpoptim.DataParallelOptimizer` does. While cycling they are averaged over the ranks of a node, and the nodes
+exchange parameters in the background. The reducer is told at each change of phase over which ranks to reduce. Whether
+an exchange follows a step depends on numbers that all ranks compute from the same losses, and the ranks meet
+(Note [Roll call]) before each exchange begins: what is under way is never waited for in vain.
+
+Note [Nodes end alike]
+----------------------
+At the end of each epoch the nodes' parameters are averaged in a blocking exchange, and so is the optimizer's state
+(momentum, second moments). So every epoch begins with equal replicas, rank 0 may save what it has, and the first step
+of the cool-down, which averages gradients, leaves replicas equal.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn, SupportsFloat
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dpoptim.checks.alike import qualified_name
+from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.roll_call import RollCall
+from dpoptim.comm_hooks import CommHook, allreduce
+from dpoptim.daso.node_average import NodeAverage, average_state
+from dpoptim.gradients.bucket import Bucket
+from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.utils.consistency import raise_together
+from dpoptim.utils.plateau import DetectMetricPlateau
+
+__all__ = ["DASO"]
+
+logger = logging.getLogger(__name__)
+
+# Skips and waiting time at the beginning of the cycling phase (section 3 of the paper).
+_FIRST_SKIP, _FIRST_WAIT = 4, 1
+
+
+class DASO(DataParallelOptimizer):
+    """Distributed, Asynchronous and Selective Optimization (Coquelin et al. 2021, arXiv:2104.05588).
+
+    Within a node gradients are averaged in every step. Between nodes there are three phases:
+
+    - *warm-up*, for ``warmup_epochs``: blocking, as a :class:`~dpoptim.DataParallelOptimizer` of all ranks;
+    - *cycling*: every ``global_skip`` batches the nodes start to exchange their parameters, train on, and take the mean
+      over when ``batches_to_wait`` further batches are done. With S batches waited and P nodes a parameter x becomes
+      ``(2 S x + P mean) / (2 S + P)``. ``global_skip`` begins at 4; whenever the loss stops improving it is divided by
+      ``skip_reduction_factor``, and from 1 it goes back to ``max_global_skips``;
+    - *cool-down*, for the last ``cooldown_epochs``: blocking again.
+
+    Call :meth:`end_epoch` with the training loss after each epoch: it averages parameters and optimizer state over the
+    nodes and decides how the next epoch goes. For a GradScaler see :meth:`add_scaler`. All else is as with a
+    :class:`~dpoptim.DataParallelOptimizer`, except that ``p.grad`` after ``backward()`` is the mean over the ranks of
+    this *node* while cycling, and that replicas on different nodes differ between exchanges.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        The optimizer that makes the step on every rank.
+    comm : mpi4py.MPI.Comm or heat MPICommunication, optional
+        The ranks that train together; by default all. They may be placed on nodes in any way and number.
+    total_epochs : int
+        How many epochs there will be, > 0.
+    warmup_epochs, cooldown_epochs : int
+        How many of them at the beginning and at the end are blocking, >= 0.
+    stability_level : float
+        By which fraction a loss must beat the best to count as an improvement; three epochs without one are a plateau.
+    max_global_skips : int
+        Largest ``global_skip``; with 0 all epochs are blocking.
+    skip_reduction_factor : int
+        > 0.
+    local_skip_factor : int
+        After a reset ``batches_to_wait`` is ``max_global_skips // local_skip_factor``, at least 1; > 0.
+    node : int, optional
+        Ranks that give the same number count as one node; by default those that share memory. For other islands of fast
+        network than a node.
+    chunk_numel : int
+        Parameters travel between nodes in messages of at most so many elements, > 0.
+    comm_hook : callable, optional
+        How what travels between nodes is summed: gradients in the blocking phases, and while cycling the changes of
+        parameters since the last exchange. :func:`~dpoptim.comm_hooks.bf16_compress` halves the bytes. Within a node
+        nothing is compressed.
+    module, bucket_mb, overlap
+        See :class:`~dpoptim.DataParallelOptimizer`.
+
+    Attributes
+    ----------
+    epoch, current_batch : int
+        Epochs ended, and steps made in the present one.
+    global_skip, batches_to_wait : int
+        The present cycle; 0 in the blocking phases.
+    stability : DetectMetricPlateau
+        What decides that the loss has stopped improving.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks, for an argument of another type or out of its range on any of them, or that differs between ranks.
+
+    Notes
+    -----
+    Collective, besides what is so in :class:`~dpoptim.DataParallelOptimizer`: :meth:`end_epoch`, :meth:`synchronize`,
+    :meth:`mean`, and while cycling every step that starts or ends an exchange. ``step`` takes no closure.
+
+    The mean over nodes is weighted by each node's sum of :attr:`batch_weight` since the last exchange.
+
+    ``state_dict()`` is local. At the end of an epoch all ranks have the same, plain torch form with one entry more. In
+    the middle of a cycle every rank has its own, and its own parameters: each saves both and loads its own, in a job
+    with the same ranks on the same nodes, and goes on as if there had been no interruption. To save less, call
+    :meth:`synchronize` first.
+    """
+
+    total_epochs: int
+    warmup_epochs: int
+    cooldown_epochs: int
+    max_global_skips: int
+    skip_reduction_factor: int
+    local_skip_factor: int
+    stability: DetectMetricPlateau
+    epoch: int
+    current_batch: int
+    global_skip: int
+    batches_to_wait: int
+    # GradScaler sets them.
+    grad_scale: Tensor | None
+    found_inf: Tensor
+    _step_supports_amp_scaling = True  # so that GradScaler.step() leaves skipping a step to this class
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        comm: Any = None,
+        *,
+        total_epochs: int,
+        warmup_epochs: int = 4,
+        cooldown_epochs: int = 4,
+        stability_level: float = 0.05,
+        max_global_skips: int = 8,
+        skip_reduction_factor: int = 2,
+        local_skip_factor: int = 4,
+        node: int | None = None,
+        chunk_numel: int = 10_000_000,
+        module: nn.Module | None = None,
+        bucket_mb: float = 25,
+        overlap: bool | str = "auto",
+        comm_hook: CommHook | None = None,
+    ) -> None:
+        self._roll_call = RollCall.of(comm)
+        world = self._roll_call.communicator
+        settings = {
+            "total_epochs": total_epochs,
+            "warmup_epochs": warmup_epochs,
+            "cooldown_epochs": cooldown_epochs,
+            "stability_level": stability_level,
+            "max_global_skips": max_global_skips,
+            "skip_reduction_factor": skip_reduction_factor,
+            "local_skip_factor": local_skip_factor,
+            "chunk_numel": chunk_numel,
+        }
+        raise_together(world, _argument_error(settings, node, comm_hook))
+        _check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
+        self._make_way(optimizer)
+        self._hook = _PhaseHook(comm_hook or allreduce)
+        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=self._hook)
+
+        self.total_epochs = total_epochs
+        self.warmup_epochs = warmup_epochs
+        self.cooldown_epochs = cooldown_epochs
+        self.max_global_skips = max_global_skips
+        self.skip_reduction_factor = skip_reduction_factor
+        self.local_skip_factor = local_skip_factor
+        self.stability = DetectMetricPlateau(patience=2, threshold=stability_level)
+        self.epoch = 0
+        self.current_batch = 0
+        self.global_skip = 0
+        self.batches_to_wait = 0
+        self._scaler: torch.amp.GradScaler | None = None
+        self._number = self._roll_call.enroll()
+        self._weight = 0.0  # of this rank's batches since the last exchange
+        self._sent_at = 0  # the batch after which the pending exchange was started
+        self._is_synchronised = True
+
+        self._nodes = _nodes(world, node)
+        own = next(number for number, ranks in enumerate(self._nodes) if world.rank in ranks)
+        local_rank = self._nodes[own].index(world.rank)
+        num_parts = min(len(ranks) for ranks in self._nodes)
+        is_threaded = world.library()["thread level"] == "multiple"
+        in_node = world.split(own, local_rank, overlap=self._communicator.overlap)
+        assert in_node is not None
+        self._node = self._hook.node = in_node
+        self._node_roll_call = RollCall.on(in_node)
+        color = local_rank if local_rank < num_parts else None
+        self._across = world.split(color, own, overlap=is_threaded, patient=is_threaded)
+        self._average = NodeAverage(
+            in_node, self._across, num_parts=num_parts, comm_hook=comm_hook or allreduce, chunk_numel=chunk_numel
+        )
+        self._start_epoch()
+
+    # ---------------------------------------------------------------- the loop
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Make one step, and start or end an exchange between nodes where one is due; collective then.
+
+        Parameters
+        ----------
+        closure : None
+            Not supported: a closure's several evaluations would each have to be averaged over all ranks.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, if parameters have become infinite or NaN on one, found when the next exchange is due.
+        """
+        if closure is not None:
+            raise TypeError("DASO takes no closure: call backward() first, then step()")
+        if "found_inf" in self.__dict__:
+            raise RuntimeError(
+                "DASO makes the GradScaler's step itself: call opt.add_scaler(scaler) once, then opt.step() in place "
+                "of scaler.step(opt) and scaler.update()"
+            )
+        if self.is_cycling:
+            self._average.cover(self._parameters())
+            self._is_synchronised = False
+        if self._scaler is None or _take_scaler_step(self._scaler, self):
+            plain_step = DataParallelOptimizer.step
+            getattr(plain_step, "__wrapped__", plain_step)(self)  # this class's own step has run the hooks
+        if self._scaler is not None:
+            self._scaler.update()
+        if self.is_cycling:
+            self._weight += self.batch_weight
+            self._exchange_where_due()
+        self.current_batch += 1
+
+    @property
+    def is_cycling(self) -> bool:
+        """Whether nodes differ between exchanges: in the cycling phase, with more than one node."""
+        return self.global_skip > 0 and len(self._nodes) > 1
+
+    def end_epoch(self, loss: SupportsFloat) -> float:
+        """Make all nodes equal and decide how the next epoch goes; collective, blocks, the same on all ranks.
+
+        Parameters
+        ----------
+        loss : float or Tensor of one element
+            This rank's training loss in the epoch.
+
+        Returns
+        -------
+        float
+            Its mean over ranks.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, if the loss or a parameter is infinite or NaN on one.
+        """
+        mean = self._mean_loss(loss)
+        self.synchronize()
+        self._check_finite()
+        self.epoch += 1
+        self.current_batch = 0
+        self._choose_skips(mean)
+        self._start_epoch()
+        logger.info(
+            "rank %d: epoch %d: a global exchange every %d batches, received after %d",
+            *(self._communicator.rank, self.epoch, self.global_skip, self.batches_to_wait),
+        )
+        return mean
+
+    def synchronize(self) -> None:
+        """Average parameters and optimizer state over the nodes, so that all ranks have the same bits.
+
+        Collective, blocks. Does nothing where they have already.
+        """
+        if self._is_synchronised:
+            return
+        if self._average.is_pending:
+            self._receive()
+        share = self._send("synchronising")
+        self._average.finish(1.0)
+        states = {parameter: self.state.get(parameter, {}) for parameter in self._parameters()}
+        average_state(self._communicator, list(states.values()), share / self._node.world_size)
+        self.state.update({parameter: state for parameter, state in states.items() if state})
+        if self._scaler is not None:
+            self._agree_on_scale(self._scaler)
+        self._weight = 0.0
+        self._is_synchronised = True
+
+    def add_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Let :meth:`step` make the step of this GradScaler.
+
+        The loop becomes ``scaler.scale(loss).backward(); opt.step()``, without ``scaler.step`` and ``scaler.update``:
+        a step that one node skips because of an overflow still counts as a batch there, or the nodes' exchanges would
+        not meet. ``scaler.unscale_(opt)`` before clipping works as usual.
+        """
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._scaler = scaler
+
+    # ---------------------------------------------------------------- what DataParallelOptimizer has
+
+    def mean(self, value: float, *, weight: float | None = None) -> float:
+        """Return a number averaged over all ranks; collective, the same on every rank.
+
+        See :meth:`DataParallelOptimizer.mean`.
+        """
+        weight = self.batch_weight if weight is None else weight
+        total_weight = self._roll_call.answer(self._place("averaging a number"), weight)
+        total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
+        self._communicator.all_reduce(total)
+        return total.item() / total_weight
+
+    def average_buffers(self) -> None:
+        """Replace the module's floating point buffers by their mean over all ranks, the others by rank 0's; collective.
+
+        See :meth:`DataParallelOptimizer.average_buffers`.
+        """
+        self._roll_call.answer(self._place("averaging buffers"), 1.0)
+        super().average_buffers()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state in torch's form, with an entry ``"daso"``; local, see the notes of the class."""
+        state: dict[str, Any] = super().state_dict()
+        state["daso"] = {
+            "epoch": self.epoch,
+            "current_batch": self.current_batch,
+            "global_skip": self.global_skip,
+            "batches_to_wait": self.batches_to_wait,
+            "stability": self.stability.get_state(),
+            "cycle": None if self._is_synchronised else self._cycle_state(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or the state of a plain torch optimizer; local, on every rank.
+
+        Raises
+        ------
+        ValueError
+            The state was saved in the middle of a cycle by another rank or in a job of other nodes.
+        """
+        saved = state_dict.get("daso")
+        cycle = None if saved is None else saved["cycle"]
+        if cycle is not None and cycle["place"] != self._own_place():
+            raise ValueError(
+                f"this state_dict was saved in the middle of a cycle on {cycle['place']}, but this is "
+                f"{self._own_place()}: load the state that this rank saved, or call synchronize() before saving"
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "daso"})
+        if saved is None:
+            return
+        self.epoch, self.current_batch = saved["epoch"], saved["current_batch"]
+        self.global_skip, self.batches_to_wait = saved["global_skip"], saved["batches_to_wait"]
+        self.stability.set_state(saved["stability"])
+        self._start_epoch()
+        self._is_synchronised = cycle is None
+        if cycle is not None:
+            self._weight, self._sent_at = cycle["weight"], cycle["sent_at"]
+            self._average.load_state_dict(cycle["flats"], self._parameters(), is_pending=cycle["is_pending"])
+
+    def detach(self) -> None:
+        """End data parallelism and free the communicators; collective. Nodes are not made equal."""
+        self._average.wait()
+        self._node_roll_call.retire()
+        if self._across is not None:
+            self._across.free()
+        self._node.free()
+        super().detach()
+
+    # ---------------------------------------------------------------- how
+
+    def _make_way(self, optimizer: Optimizer) -> None:
+        """Do, when all arguments are right, what must come before parameters are taken over; here nothing."""
+
+    def _start_epoch(self) -> None:
+        """Begin an epoch with equal nodes, in whatever phase it is."""
+        self._average.wait()
+        self._average.is_pending = False
+        self._average.forget()
+        self._weight = 0.0
+        self._is_synchronised = True
+        if self.is_cycling:
+            self._reducer.reduce_over(self._node, self._node_roll_call)
+        else:
+            self._reducer.reduce_over(self._communicator, self._roll_call)
+
+    def _choose_skips(self, loss: float) -> None:
+        """Decide how many batches the next epoch skips; as the paper does, the same on all ranks."""
+        is_blocking = self.epoch < self.warmup_epochs or self.epoch >= self.total_epochs - self.cooldown_epochs
+        if is_blocking or self.max_global_skips == 0:
+            self.global_skip = self.batches_to_wait = 0
+            return
+        if self.global_skip == 0:
+            self.global_skip = min(_FIRST_SKIP, self.max_global_skips)
+            self.batches_to_wait = _FIRST_WAIT
+        if not self.stability.test_if_improving(loss):  # the name is Heat's: True says that there is a plateau
+            return
+        if self.global_skip > 1:
+            self.global_skip = max(1, self.global_skip // self.skip_reduction_factor)
+            self.batches_to_wait -= 1
+        else:
+            self.global_skip = self.max_global_skips
+            self.batches_to_wait = self.max_global_skips // self.local_skip_factor
+        self.batches_to_wait = max(1, min(self.batches_to_wait, self.global_skip))
+
+    def _exchange_where_due(self) -> None:
+        if self._average.is_pending and self.current_batch - self._sent_at >= self.batches_to_wait:
+            self._receive()
+        if self.current_batch % self.global_skip == 0:
+            if self._average.is_pending:
+                self._receive()
+            self._send("starting an exchange")
+            self._sent_at = self.current_batch
+
+    def _receive(self) -> None:
+        self._node_roll_call.answer(self._place("receiving"), 1.0)  # the node puts its parts together
+        waited, num_nodes = 2.0 * (self.current_batch - self._sent_at), float(len(self._nodes))
+        self._average.finish(num_nodes / (max(waited, 1.0) + num_nodes))
+
+    def _send(self, purpose: str) -> float:
+        """Meet all ranks and start an exchange; return this node's share in the mean."""
+        self._average.cover(self._parameters())
+        is_finite = self._average.measure()
+        weight = self._weight if self._weight > 0 else self.batch_weight
+        place = self._place(f"{purpose} of {self._average.numel} numbers")
+        total_weight = self._roll_call.answer(
+            place, weight if is_finite else float("nan"), self._reducer.hyper_parameters
+        )
+        if math.isnan(total_weight):
+            self._raise_not_finite()
+        node_weight = torch.tensor([weight], dtype=torch.float64, device="cpu")
+        self._node.all_reduce(node_weight)
+        share = node_weight.item() / total_weight
+        self._average.start(share)
+        self._weight = 0.0
+        return share
+
+    def _mean_loss(self, loss: SupportsFloat) -> float:
+        own = float("nan")
+        error: Exception | None = None
+        try:
+            own = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            if not math.isfinite(own):
+                error = ValueError(f"loss must be finite, got {own}: training has diverged")
+        except (TypeError, ValueError, RuntimeError) as caught:
+            error = caught
+        mean = self.mean(own, weight=1.0)
+        if not math.isfinite(mean):
+            raise_together(self._communicator, error)
+        return mean
+
+    def _check_finite(self) -> None:
+        """Raise on all ranks if a parameter is not finite; they have the same bits, so nothing need be sent."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters()):
+            self._raise_not_finite()
+
+    def _raise_not_finite(self) -> NoReturn:
+        bad = [i for i, parameter in enumerate(self._parameters()) if not bool(torch.isfinite(parameter).all())]
+        error = (
+            ValueError(f"parameters must be finite, but {len(bad)} are not (the first is {bad[0]})") if bad else None
+        )
+        raise_together(self._communicator, error)
+        raise raised_on_all_ranks(ValueError("parameters must be finite, but their changes overflow"))
+
+    def _agree_on_scale(self, scaler: torch.amp.GradScaler) -> None:
+        """Give all ranks the smallest scale, and else rank 0's state of the GradScaler; collective."""
+        states = self._communicator.all_gather_object(scaler.state_dict())
+        if states[0]:
+            scaler.load_state_dict({**states[0], "scale": min(state["scale"] for state in states)})
+
+    def _place(self, purpose: str) -> str:
+        return f"DASO {self._number}, epoch {self.epoch}, batch {self.current_batch}, {purpose}"
+
+    def _own_place(self) -> str:
+        return f"rank {self._communicator.rank} of nodes {[list(ranks) for ranks in self._nodes]}"
+
+    def _cycle_state(self) -> dict[str, Any]:
+        return {
+            "place": self._own_place(),
+            "weight": self._weight,
+            "sent_at": self._sent_at,
+            "is_pending": self._average.is_pending,
+            "flats": self._average.state_dict(),
+        }
+
+
+class _PhaseHook:
+    """Sums plainly within a node, and with the user's hook over all ranks."""
+
+    def __init__(self, across_nodes: CommHook) -> None:
+        self._across_nodes = across_nodes
+        self.scales = getattr(across_nodes, "scales", False)
+        self.defers = getattr(across_nodes, "defers", False)
+        self.node: Communicator | None = None
+
+    def __call__(self, communicator: Communicator, bucket: Bucket) -> Work:
+        hook = allreduce if communicator is self.node else self._across_nodes
+        return hook(communicator, bucket)
+
+
+def _take_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Unscale gradients if that was not done yet, and return whether the step is to be made."""
+    if not scaler.is_enabled():
+        return True
+    if not scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]:
+        scaler.unscale_(optimizer)
+    return not any(bool(found.item()) for found in scaler._found_inf_per_device(optimizer).values())
+
+
+def _nodes(world: Communicator, node: int | None) -> tuple[tuple[int, ...], ...]:
+    """Return the ranks of each node, the same on all ranks; collective."""
+    colors = world.all_gather_object(node)
+    if all(color is None for color in colors):
+        return world.topology.nodes
+    missing = [rank for rank, color in enumerate(colors) if color is None]
+    if missing:
+        error = ValueError(f"node must be given on all ranks or on none, it is None on ranks {missing}")
+        raise raised_on_all_ranks(error)
+    return tuple(tuple(r for r, color in enumerate(colors) if color == wanted) for wanted in dict.fromkeys(colors))
+
+
+_AT_LEAST = {
+    "total_epochs": 1,
+    "warmup_epochs": 0,
+    "cooldown_epochs": 0,
+    "max_global_skips": 0,
+    "skip_reduction_factor": 1,
+    "local_skip_factor": 1,
+    "chunk_numel": 1,
+}
+
+
+def _argument_error(settings: dict[str, Any], node: object, comm_hook: object) -> Exception | None:
+    for name, value in settings.items():
+        if name == "stability_level":
+            if not isinstance(value, float):
+                return TypeError(f"stability_level must be a float, got {type(value).__name__}")
+        elif not isinstance(value, int):
+            return TypeError(f"{name} must be an int, got {type(value).__name__}")
+        elif value < _AT_LEAST[name]:
+            return ValueError(f"{name} must be >= {_AT_LEAST[name]}, got {value}")
+    if node is not None and not isinstance(node, int):
+        return TypeError(f"node must be an int or None, got {type(node).__name__}")
+    if comm_hook is not None and not callable(comm_hook):
+        return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
+    return None
+
+
+def _check_settings(world: Communicator, settings: dict[str, Any]) -> None:
+    """Raise on all ranks if they have given different arguments; collective."""
+    for rank, other in enumerate(everybody := world.all_gather_object(settings)):
+        for name, value in everybody[0].items():
+            if other[name] != value:
+                error = ValueError(
+                    f"{name} is {value} on rank 0 but {other[name]} on rank {rank}: give all ranks the same"
+                )
+                raise raised_on_all_ranks(error)

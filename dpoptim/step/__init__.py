@@ -1,0 +1,3 @@
+"""An optimizer's arithmetic on one rank. Nothing here communicates."""
+
+__all__: list[str] = []
