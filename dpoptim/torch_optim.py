@@ -25,8 +25,9 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices, _
 
 from dpoptim.gradients.reducer import is_reduced
 from dpoptim.step.compiled_step import check_compiler
+from dpoptim.step.facts import FACTS, Choice
 from dpoptim.step.flat_step import FlatStep
-from dpoptim.step.implementations import Choice, Implementations
+from dpoptim.step.implementations import Implementations
 
 if TYPE_CHECKING:
     from torch.optim import (
@@ -68,30 +69,8 @@ __all__ = [
 ]
 
 
-_FUSED_FLAT = Choice("fused", flat_below=512)
-_FLAT = Choice("flat", flat_below=4096, cut_large=True)
-_LOOP = Choice("for-loop")
-
-# Measured with benchmarks/optimizers.py; on a device that is not here: fused, else torch's default.
-CHOICES: dict[str, dict[str, Choice]] = {
-    "cpu": {
-        "SGD": Choice("fused"),  # a step without momentum costs less than the copies
-        "Adam": _FUSED_FLAT,
-        "AdamW": _FUSED_FLAT,
-        "Adagrad": _FUSED_FLAT,
-        "RMSprop": _FLAT,
-        "Adadelta": _FLAT,
-        "Adamax": _FLAT,
-        "NAdam": _FLAT,
-        "RAdam": _FLAT,
-        "Rprop": _FLAT,
-        "ASGD": Choice("flat", flat_below=4096),  # few operations: parts cost more than they save
-        "Adafactor": Choice("foreach", foreach_below=16384),
-        "Muon": _LOOP,
-        "LBFGS": _LOOP,
-        "SparseAdam": _LOOP,
-    },
-}
+# What is fastest on each kind of device; on a device that is not here: fused, else torch's default.
+CHOICES: dict[str, dict[str, Choice]] = {"cpu": {name: facts.on_cpu for name, facts in FACTS.items()}}
 
 
 def implementation(optimizer: torch.optim.Optimizer, group: int = 0) -> str:
@@ -184,7 +163,7 @@ def _fastest(torch_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
     members: dict[str, Any] = {"__doc__": torch_class.__doc__, "__module__": __name__}
     if CHOICES["cpu"][name].kind == "for-loop":
         return type(name, (torch_class, *ours), members)
-    fused_devices = set(_get_fused_kernels_supported_devices()) - _NO_FUSED_KERNEL.get(name, set())
+    fused_devices = set(_get_fused_kernels_supported_devices()) - FACTS[name].not_fused_on
     how = Implementations(torch_class, lambda: CHOICES["cpu"][name], fused_devices)
     torch_step = torch_class.step
     if getattr(torch_step, "hooked", False):  # by an instance made before: the hooks are those of this class, once
@@ -234,8 +213,6 @@ def _is_ours_to_step(optimizer: Any, how: Implementations) -> bool:
     )
 
 
-# Devices on which torch has fused kernels, but not of this optimizer.
-_NO_FUSED_KERNEL = {"Adagrad": {"cuda"}}
 _OURS: list[type[torch.optim.Optimizer]] = []
 _HOW: dict[type[torch.optim.Optimizer], Implementations] = {}
 

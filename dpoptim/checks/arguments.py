@@ -19,9 +19,9 @@ from dpoptim.checks.layers import layer_error
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.bucket import gradient_dtype
 from dpoptim.gradients.reducer import is_reduced
+from dpoptim.step.facts import FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.inner_step import needs_closure
-from dpoptim.step.sharded_step import NUMBERS
 
 __all__ = [
     "already_reduced",
@@ -37,26 +37,6 @@ __all__ = [
     "parameter_error",
 ]
 
-# What torch's optimizers keep for each parameter: what is there after a step, and what some options add.
-_STATE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    name: (frozenset(always.split()), frozenset(sometimes.split()))
-    for name, always, sometimes in (
-        ("ASGD", "step eta mu ax", ""),
-        ("Adadelta", "step square_avg acc_delta", ""),
-        ("Adafactor", "step", "row_var col_var variance"),
-        ("Adagrad", "step sum", ""),
-        ("Adam", "step exp_avg exp_avg_sq", "max_exp_avg_sq"),
-        ("AdamW", "step exp_avg exp_avg_sq", "max_exp_avg_sq"),
-        ("Adamax", "step exp_avg exp_inf", ""),
-        ("Muon", "momentum_buffer", ""),
-        ("NAdam", "step exp_avg exp_avg_sq mu_product", ""),
-        ("RAdam", "step exp_avg exp_avg_sq", ""),
-        ("RMSprop", "step square_avg", "momentum_buffer grad_avg"),
-        ("Rprop", "step prev step_size", ""),
-        ("SGD", "", "momentum_buffer"),
-        ("SparseAdam", "step exp_avg exp_avg_sq", ""),
-    )
-}
 # Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
 _ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 # Packages whose optimizers around others pass on what they are told, and how far up they stand.
@@ -215,9 +195,9 @@ def _check_hyper_parameters(
 
 def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, entry: Mapping[str, Any]) -> None:
     kind = torch_class.__name__
-    if kind not in _STATE_KEYS:
+    always, sometimes = FACTS[kind].keeps, FACTS[kind].may_keep
+    if always is None:
         return  # LBFGS keeps a history in vectors of all parameters
-    always, sometimes = _STATE_KEYS[kind]
     # What is no torch optimizer's was added by a wrapper of somebody else, such as a slow average.
     if not always <= entry.keys() or entry.keys() & _all_state_keys() - always - sometimes:
         expected = ", ".join(sorted(always)) or "nothing"
@@ -237,7 +217,7 @@ def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, ent
 
 @functools.cache
 def _all_state_keys() -> frozenset[str]:
-    return frozenset[str]().union(*(always | sometimes for always, sometimes in _STATE_KEYS.values()))
+    return frozenset[str]().union(*((facts.keeps or frozenset()) | facts.may_keep for facts in FACTS.values()))
 
 
 def _state_shape(key: str, parameter: Tensor) -> torch.Size:
@@ -253,8 +233,8 @@ def _state_shape(key: str, parameter: Tensor) -> torch.Size:
 
 def _torch_class(optimizer: Optimizer) -> type[Optimizer] | None:
     """Return the class of ``torch.optim`` that an optimizer is of, if it is of one."""
-    known: list[type[Optimizer]] = [getattr(torch.optim, name) for name in _STATE_KEYS if hasattr(torch.optim, name)]
-    return next((kind for kind in type(optimizer).__mro__ if kind in (*known, torch.optim.LBFGS)), None)
+    known: list[type[Optimizer]] = [getattr(torch.optim, name) for name in FACTS if hasattr(torch.optim, name)]
+    return next((kind for kind in type(optimizer).__mro__ if kind in known), None)
 
 
 def _hyper_parameters(torch_class: type[Optimizer]) -> set[str]:
@@ -264,7 +244,7 @@ def _hyper_parameters(torch_class: type[Optimizer]) -> set[str]:
 @functools.cache
 def _all_hyper_parameters() -> frozenset[str]:
     return frozenset[str]().union(
-        *(_hyper_parameters(getattr(torch.optim, name)) for name in _STATE_KEYS if hasattr(torch.optim, name))
+        *(_hyper_parameters(getattr(torch.optim, name)) for name in FACTS if hasattr(torch.optim, name))
     )
 
 

@@ -10,6 +10,7 @@ import dpoptim.torch_optim as optimizers
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.topology import available_cores
 from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.step.facts import FACTS
 from dpoptim.utils.consistency import digest
 from dpoptim.version import __version__
 
@@ -18,8 +19,6 @@ __all__ = ["check", "info"]
 _NUM_STEPS = 10
 # Sums over ranks round in another order than sums over the joined batch: 2^-53 a step, amplified by the training.
 _TOLERANCE = 1e-9
-_NEEDS_MATRICES = ("Muon",)
-_NEEDS_SPARSE = ("SparseAdam",)
 
 
 def info() -> int:
@@ -104,15 +103,15 @@ def _first_difference(name: str, communicator: Communicator) -> str | None:
 def _model(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name in _NEEDS_SPARSE:
+        if FACTS[name].takes == "sparse":
             return nn.Sequential(nn.Embedding(20, 6, sparse=True)).double()
-        bias = name not in _NEEDS_MATRICES
+        bias = FACTS[name].takes != "matrices"
         return nn.Sequential(nn.Linear(6, 16, bias), nn.Tanh(), nn.Linear(16, 3, bias)).double()
 
 
 def _batch(name: str, step: int, num_samples: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    if name in _NEEDS_SPARSE:
+    if FACTS[name].takes == "sparse":
         return torch.randint(0, 20, (num_samples,), generator=generator)
     return torch.randn(num_samples, 6, generator=generator, dtype=torch.float64)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
-from dpoptim.step.sharded_step import NUMBERS
+from dpoptim.step.facts import NUMBERS
 from dpoptim.utils.state_dict import Form, Slices, full_slices, is_slice
 
 __all__ = ["gather_form", "scatter_form"]

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpoptim.step.facts import FACTS
+
 __all__ = [
     "Divisibility",
     "are_switched",
@@ -39,20 +41,6 @@ __all__ = [
     "parameters_of",
     "slots_of",
 ]
-
-_ELEMENTWISE = (
-    "ASGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "SGD",
-)
 
 # Enough for what begins late, such as a slow average or a preconditioner.
 _NUM_STEPS = 24
@@ -128,9 +116,10 @@ def divisibility(optimizer: Optimizer) -> Divisibility:
     if has_own_step(optimizer):
         return Divisibility("nothing", "has a step of this object's own")
     if is_known(kind):
-        if kind.__name__ in ("LBFGS", "SparseAdam"):
-            return Divisibility("nothing", "needs a closure" if kind.__name__ == "LBFGS" else "takes sparse gradients")
-        return Divisibility("element" if kind.__name__ in _ELEMENTWISE else "parameter")
+        facts = FACTS.get(kind.__name__)
+        if facts is not None and facts.why_not:
+            return Divisibility("nothing", facts.why_not)
+        return Divisibility("element" if facts is not None and facts.is_elementwise else "parameter")
     if not vars(kind).get("is_divisible", True):
         return Divisibility("nothing", "says so (is_divisible = False)")
     declared = vars(kind).get("is_elementwise")

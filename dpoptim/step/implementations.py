@@ -18,37 +18,15 @@ they give the same to rounding:
 
 import inspect
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpoptim.step.facts import AS_THE_LOOP, FACTS, Choice
 from dpoptim.step.step_hooks import bare_step
 
-__all__ = ["Choice", "Implementations", "sharing_memory"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The fastest implementation of an optimizer on a kind of device.
-
-    Attributes
-    ----------
-    kind : str
-        ``"fused"``, ``"foreach"``, ``"flat"`` or ``"for-loop"``.
-    flat_below : int
-        If fused or flat, parameters with fewer elements are stepped together; see :mod:`dpoptim.step.step_blocks`.
-    cut_large : bool
-        If flat, whether large parameters are stepped in parts.
-    foreach_below : int, optional
-        If foreach, only for parameters that have fewer elements in the mean; the loop for others.
-    """
-
-    kind: str
-    flat_below: int = 0
-    cut_large: bool = False
-    foreach_below: int | None = None
+__all__ = ["Implementations", "sharing_memory"]
 
 
 class Implementations:
@@ -78,11 +56,11 @@ class Implementations:
     def __init__(
         self, torch_class: type[torch.optim.Optimizer], choose: Callable[[], Choice], fused_devices: Container[str]
     ) -> None:
-        name = torch_class.__name__
         self.body = bare_step(torch_class)
         self.num_lists = len(inspect.signature(torch_class._init_group).parameters) - 2  # type: ignore[attr-defined]
-        self.is_linear = name in _LINEAR
-        self.own_names = () if name == "Rprop" else ("lr", "weight_decay")  # Rprop's lr is read when state is made
+        facts = FACTS[torch_class.__name__]
+        self.is_linear = facts.is_linear
+        self.own_names = () if facts.reads_rate_once else ("lr", "weight_decay")
         hyper_parameters = tuple(inspect.signature(torch_class.__init__).parameters)[2:]
         common = {
             key: None for key in (*hyper_parameters, "decoupled_weight_decay") if key not in ("lr", "weight_decay")
@@ -120,9 +98,9 @@ class Implementations:
             is_fused = self._has_fused and parameter.device.type in self._fused_devices
             return "fused" if is_fused and not isinstance(rate, Tensor) else None
         kind = self.choice.kind
-        if kind == "fused" and (isinstance(rate, Tensor) or parameter.dtype not in _AS_THE_LOOP):
+        if kind == "fused" and (isinstance(rate, Tensor) or parameter.dtype not in AS_THE_LOOP):
             return "flat"
-        if kind == "for-loop" or (kind == "foreach" and parameter.dtype not in _AS_THE_LOOP):
+        if kind == "for-loop" or (kind == "foreach" and parameter.dtype not in AS_THE_LOOP):
             return None
         return kind
 
@@ -145,11 +123,7 @@ class Implementations:
         return way
 
 
-# Optimizers that move a parameter by lr times something; Rprop, ASGD and Adafactor do not.
-_LINEAR = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-# On CPU the fused and foreach steps of other dtypes round otherwise than the loop.
-_AS_THE_LOOP = (torch.float32, torch.float64)
 
 
 def _is_dense(tensor: Tensor) -> bool:

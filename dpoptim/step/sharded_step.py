@@ -39,20 +39,12 @@ from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.homes import is_large
 from dpoptim.partition import Piece, picker, pieces_within, start_offsets
 from dpoptim.step.divisibility import is_known
+from dpoptim.step.facts import AS_THE_LOOP, FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.outer_state import DividedState
 from dpoptim.step.step_hooks import bare_step
 
-__all__ = ["NUMBERS", "Outputs", "Part", "ShardedStep", "State"]
-
-# What optimizers count for a parameter as a whole, rather than for its elements.
-NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
-
-# Of these the fused step of flat tensors needs nothing but torch's own code.
-_FUSED_BARE = ("Adam", "AdamW", "SGD")
-
-# Other dtypes are rounded otherwise by it than by torch's default.
-_FUSED_DTYPES = (torch.float32, torch.float64)
+__all__ = ["Outputs", "Part", "ShardedStep", "State"]
 
 # One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
 State = dict[str, Any]
@@ -97,7 +89,7 @@ class ShardedStep:
             The flat memory in which they all lie for good, if they do.
         """
         self._parameters += parameters
-        if bucket.device.type != "cpu" or bucket.dtype not in _FUSED_DTYPES:
+        if bucket.device.type != "cpu" or bucket.dtype not in AS_THE_LOOP:
             self._fused_step = None
         self._parts.append(
             Part(bucket, parameters, group, home, by_element=self._by_element, are_parameters=not self._is_known)
@@ -582,7 +574,8 @@ def _load_as_the_class_does(optimizer: Optimizer) -> None:
 def _fused_step(optimizer: Optimizer) -> Callable[[], object] | None:
     """Return torch's own step of this object, if flat tensors need no more than that where it is fused."""
     kind = type(optimizer)
-    if not is_known(kind) or kind.__name__ not in _FUSED_BARE or not hasattr(kind, "_steps_fused"):
+    facts = FACTS.get(kind.__name__)
+    if not is_known(kind) or facts is None or not facts.is_fused_bare or not hasattr(kind, "_steps_fused"):
         return None
     torch_class = getattr(torch.optim, kind.__name__)
     as_torchs = object.__new__(torch_class)

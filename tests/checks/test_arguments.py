@@ -8,8 +8,8 @@ from oracle import Net, joined_batch, part_sizes, seeded, train
 from torch import nn
 
 import dpoptim
-from dpoptim.checks.arguments import _ADDED_LATER, _STATE_KEYS, _hyper_parameters
-from dpoptim.step.sharded_step import NUMBERS
+from dpoptim.checks.arguments import _ADDED_LATER, _hyper_parameters
+from dpoptim.step.facts import FACTS, NUMBERS
 
 pytestmark = pytest.mark.parallel
 
@@ -22,7 +22,7 @@ OPTIONS = {
 }
 # Those that share their keys: torch itself loads one's state into the other.
 ALIKE = {frozenset(("Adam", "AdamW"))}
-NAMES = [name for name in _STATE_KEYS if name in dpoptim.__all__]
+NAMES = [name for name, facts in FACTS.items() if facts.keeps is not None and name in dpoptim.__all__]
 
 
 class Matrices(nn.Module):
@@ -78,7 +78,7 @@ def _refused(opt, state_dict, match):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_states_is_torchs(world, name):
     _, opt = _trained(name)
-    always, sometimes = _STATE_KEYS[name]
+    always, sometimes = FACTS[name].keeps, FACTS[name].may_keep
     found = [entry.keys() for entry in opt.state.values() if entry]
     assert found
     assert all(always <= keys <= always | sometimes for keys in found)
