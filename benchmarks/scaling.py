@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from dpoptim.tuning import TUNING
+
 __all__ = ["Costs", "Place", "Workload", "fit", "overhead_s"]
 
 MODES = ("replicated", "sharded", "node-shared")
@@ -29,9 +31,6 @@ _HELD_OUT = [(1, 4, None), (2, 1, "600mbit"), (2, 2, "300mbit"), (3, 1, "1gbit")
 # A model of which no measurement is fitted, not even those of the places above.
 _HELD_OUT_MODEL = "transformer"
 
-_ALONE_BYTES = 1 << 19  # as in dpoptim/gradients/homes.py: between nodes a gradient of so many bytes travels alone
-# As in dpoptim/comm/mpi/messages.py: what goes in pieces between nodes.
-_IN_PIECES_BYTES, _SHARE_BYTES = 1 << 19, 1 << 15
 _LOCAL_STEPS = 16
 # On one node a step is short, so that there is time for more rounds.
 _ROUNDS_WITHOUT_LINK = 5
@@ -117,7 +116,7 @@ def amounts(mode: str, place: Place, work: Workload) -> list[float]:
     on_link = 2 * size * (nodes - 1) / nodes
     owners = {"replicated": 1, "sharded": num_ranks, "node-shared": ranks}[mode]
     # A reduce-scatter and an all-gather of large tensors take n - 1 messages each, an all-reduce in one 2 log2 n.
-    in_pieces = size / work.calls / ranks >= max(_IN_PIECES_BYTES, _SHARE_BYTES * nodes)
+    in_pieces = size / work.calls / ranks >= max(TUNING.in_pieces_bytes, TUNING.share_bytes * nodes)
     in_a_row = 2 * (nodes - 1) if in_pieces or mode == "sharded" else 2 * math.ceil(math.log2(nodes))
     halves = 1 if mode == "node-shared" else 2
     meetings = {"replicated": 2, "sharded": 3, "node-shared": 4}[mode]
@@ -205,7 +204,8 @@ def measure(path: Path, rounds: int) -> None:
                     "cores": measured["machine"]["cores"],
                     "model": name,
                     "gradient_bytes": sum(sizes),
-                    "calls": sum(size >= _ALONE_BYTES for size in sizes) + any(size < _ALONE_BYTES for size in sizes),
+                    "calls": sum(size >= TUNING.large_gradient_bytes for size in sizes)
+                    + any(size < TUNING.large_gradient_bytes for size in sizes),
                     "ms": {mode: round(statistics.median(contenders[mode]["ms"]), 3) for mode in ("local", *MODES)},
                 }
             )

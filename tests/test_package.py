@@ -70,7 +70,7 @@ def _paths():
 
 # What a folder, or a file, must not know, whatever the order allows.
 NEVER = [
-    ("comm", r"dpoptim\.(?!comm\b|partition\b)"),
+    ("comm", r"dpoptim\.(?!comm\b|partition\b|tuning\b)"),
     ("comm/node", r"mpi4py|dpoptim\.comm\.mpi"),
     ("gradients", r"dpoptim\.(step|modes|checks|optimizer)\b"),
     ("step", r"dpoptim\.(modes|checks|optimizer|comm\.(?!errors\b))"),

@@ -25,6 +25,7 @@ import torch
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi import messages
 from dpoptim.comm.topology import available_cores
+from dpoptim.tuning import TUNING
 
 __all__ = ["Trial", "has_spare_cores", "try_overlap"]
 
@@ -35,7 +36,7 @@ _ENOUGH_S = 0.01
 _WIDTH = 192
 # Overlap must hide at least this much of an exchange: what it hides in training is less than in a trial. So must a
 # thread, of what is not hidden without one: a trial has none of the hooks that it delays.
-_WORTH = 0.25
+_WORTH = TUNING.overlap_gain
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.mpi.messages import Messages, PendingSum
 from dpoptim.comm.mpi.polled import PolledMessages
 from dpoptim.comm.node.lent_memory import LentMemory
@@ -30,16 +31,17 @@ from dpoptim.comm.node.staging import ASLEEP_BYTES, AWAKE_BYTES, StagingArea
 from dpoptim.comm.normal_tensors import normal_tensors
 from dpoptim.comm.topology import Topology, available_cores
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.tuning import TUNING
 
 __all__ = ["DONE", "Exchange", "Work"]
 
 logger = logging.getLogger(__name__)
 
 # Below so many bytes a message is faster than two meetings at shared memory (measured; see docs/performance.md).
-_SHARED_MEMORY_BYTES = 1 << 18
+_SHARED_MEMORY_BYTES = TUNING.shared_memory_bytes
 # Where ranks share cores they wait asleep for messages up to this size. Large ones in a node are never waited for long,
 # since a small one (the roll call) goes before them.
-_PATIENCE_BYTES = 1024
+_PATIENCE_BYTES = TUNING.patience_bytes
 
 
 class Work(Protocol):
@@ -94,7 +96,12 @@ class Exchange:
         cores = set[int]().union(*self._node.all_gather_object(available_cores()))
         self._shares_cores = len(cores) < self.topology.local_size
         # The same on all ranks: MPI does not pair a patient, non-blocking collective with a blocking one.
-        self._is_patient = patient or any(own_messages.all_gather_object(self._shares_cores))
+        everybody = own_messages.all_gather_object((self._shares_cores, TUNING))
+        for rank, (_, tuning) in enumerate(everybody):
+            if tuning != everybody[0][1]:
+                message = f"DPOPTIM_TUNING must be the same on all ranks, not so on ranks 0 and {rank}"
+                raise raised_on_all_ranks(ValueError(message))
+        self._is_patient = patient or any(shares for shares, _ in everybody)
         own_messages.patience_bytes = sys.maxsize if patient else _PATIENCE_BYTES if self._is_patient else 0
         is_power_of_two = self._world_size & (self._world_size - 1) == 0
         own_messages.in_pieces = self.topology.num_nodes > 1 or not is_power_of_two

@@ -11,6 +11,7 @@ from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.topology import available_cores
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.step.facts import FACTS
+from dpoptim.tuning import TUNING
 from dpoptim.utils.consistency import digest
 from dpoptim.version import __version__
 
@@ -49,6 +50,9 @@ def info() -> int:
         for name in optimizers.__all__:
             if isinstance(getattr(optimizers, name), type):
                 print(f"{name:22}{'; '.join(_implementation(name, device) for device in _devices())}")
+        print("\ntuning                set others by DPOPTIM_TUNING=name=value,...; a star marks those that are set")
+        for name, value in TUNING.rows().items():
+            print(f"{name:28}{value}")
     return 0
 
 

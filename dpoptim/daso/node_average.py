@@ -24,6 +24,7 @@ from dpoptim.comm.communicator import Communicator, Work
 from dpoptim.comm_hooks import CommHook
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.partition import even_counts, group_by_size, start_offsets
+from dpoptim.tuning import TUNING
 
 __all__ = ["NodeAverage", "average_state"]
 
@@ -250,7 +251,7 @@ def average_state(communicator: Communicator, states: Sequence[dict[str, Any]], 
 
 
 # So much memory beside the state itself.
-_GROUP_BYTES = 25 << 20
+_GROUP_BYTES = TUNING.average_group_bytes
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

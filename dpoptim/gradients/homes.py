@@ -16,9 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dpoptim.tuning import TUNING
+
 __all__ = ["Home", "is_large"]
 
-_LARGE_BYTES = 1 << 19
+_LARGE_BYTES = TUNING.large_gradient_bytes
 
 
 class Home:

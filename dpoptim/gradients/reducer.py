@@ -50,6 +50,7 @@ from dpoptim.gradients.comm_hook import CommHook
 from dpoptim.gradients.homes import Home, is_large
 from dpoptim.gradients.sparse import sum_sparse
 from dpoptim.partition import aligned, group_by_size, start_offsets
+from dpoptim.tuning import TUNING
 
 __all__ = ["MARK", "REDUCED", "STEP", "Reducer", "Report", "add_hook", "is_reduced", "reducers_of"]
 
@@ -58,9 +59,9 @@ MARK = "_dpoptim_mark"
 REDUCED = "reduced"
 
 # What is sent beside backward is sent early: one bucket of hundreds of small tensors is full when backward ends.
-_OVERLAPPED_BYTES = 1 << 19
+_OVERLAPPED_BYTES = TUNING.overlapped_bucket_bytes
 # Where starting to send takes no thread's turn.
-_POLLED_BYTES = 1 << 18
+_POLLED_BYTES = TUNING.polled_bucket_bytes
 # In the description of every place at which gradients are reduced.
 _PASSES = "no_sync() blocks"
 # And of that at which ranks meet to step together.

@@ -36,14 +36,15 @@ import torch
 from torch import Tensor
 
 from dpoptim.partition import group_by_size, picker
+from dpoptim.tuning import TUNING
 
 __all__ = ["Blocks", "is_plain"]
 
 # Elements that small tensors fill at most together, and of the parts of a large one. So many that the calls hardly
 # count, so few that a part, its gradient, its state and what is computed on the way stay in a cache: of the powers of 2
 # from 2^13 to 2^19 the best with one thread (measured by the benchmark in docs/performance.md).
-_TOGETHER_NUMEL = 1 << 17
-_PART_NUMEL = 1 << 18
+_TOGETHER_NUMEL = TUNING.block_numel
+_PART_NUMEL = TUNING.part_numel
 # torch gives a thread no less than 2^15 elements.
 _NUMEL_PER_THREAD = 1 << 16
 

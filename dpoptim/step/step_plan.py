@@ -23,15 +23,16 @@ from dpoptim.partition import picker
 from dpoptim.step.compiled_step import CompiledStep, StandIn
 from dpoptim.step.implementations import Implementations, sharing_memory
 from dpoptim.step.step_blocks import Blocks, is_plain
+from dpoptim.tuning import TUNING
 
 __all__ = ["Found", "Plan"]
 
 # Groups that have a rate of their own are put together if at least so many have, each of fewer elements than this in
 # all: the more a group has, the less a call of its own counts (measured with benchmarks/optimizers.py --groups).
-_MIN_GROUPS = 4
-_RATES_BELOW = 1 << 15
+_MIN_GROUPS = TUNING.min_rate_groups
+_RATES_BELOW = TUNING.rate_group_numel
 # Where small tensors are not put together, one of fewer elements is stepped as fast by the loop.
-_ALONE_BELOW = 1 << 15
+_ALONE_BELOW = TUNING.alone_numel
 
 _DTYPE, _NBYTES = attrgetter("dtype"), attrgetter("nbytes")
 

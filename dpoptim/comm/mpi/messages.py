@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.tuning import TUNING
 
 __all__ = [
     "NUM_IN_FLIGHT",
@@ -69,15 +70,12 @@ _MPI_SUM_TYPES = {
 }
 # torch does not add these; the bits of a sum are those of signed numbers.
 _SUMMED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-# Smaller tensors are faster whole, and those of which a rank's share is less than this: there latency counts.
-_IN_PIECES_BYTES = 1 << 19
-_SHARE_BYTES = 1 << 15
-# From half a MiB on MPICH's reduce-scatter sends no byte more than is needed for any number of ranks.
-_PIECE_BYTES = 3 << 18
-NUM_IN_FLIGHT = 6
-_SHORTEST_NAP_S = 5e-5
-# At 10 Gbit/s 250 KB arrive in so long, which the network's own buffers hold.
-_LONGEST_NAP_S = 2e-4
+_IN_PIECES_BYTES = TUNING.in_pieces_bytes
+_SHARE_BYTES = TUNING.share_bytes
+_PIECE_BYTES = TUNING.piece_bytes
+NUM_IN_FLIGHT = TUNING.num_in_flight
+_SHORTEST_NAP_S = TUNING.shortest_nap_s
+_LONGEST_NAP_S = TUNING.longest_nap_s
 
 SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from dpoptim.tuning import TUNING
+
 __all__ = ["InFlight", "Transfer"]
 
-# A look takes some microseconds, and backward may come here more often.
-_BETWEEN_LOOKS_S = 1e-4
+_BETWEEN_LOOKS_S = TUNING.between_looks_s
 
 
 class Pending(Protocol):

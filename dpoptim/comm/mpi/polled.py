@@ -7,11 +7,12 @@ from torch import Tensor
 
 from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, SUMMED_IN_FLOAT32, Messages, Pending
 from dpoptim.comm.mpi.pieces import InFlight, Transfer
+from dpoptim.tuning import TUNING
 
 __all__ = ["PolledMessages"]
 
 # The network must have enough to do between two looks: with 4.5 MiB large tensors took longer over 1 Gbit/s.
-_IN_FLIGHT_BYTES = 12 << 20
+_IN_FLIGHT_BYTES = TUNING.polled_in_flight_bytes
 
 
 class PolledMessages:

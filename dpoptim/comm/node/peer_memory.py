@@ -39,14 +39,15 @@ from dpoptim.comm.node.huge_pages import HugePages
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 from dpoptim.partition import even_counts, start_offsets
+from dpoptim.tuning import TUNING
 
 __all__ = ["MAX_NOTED", "PeerMemory"]
 
 # What is summed at once, of one tensor or several: so little that the sum and what was read stay in a cache, so much
 # that what a call of the kernel takes beside its bytes hardly counts.
-_WINDOW_BYTES = 1 << 20
+_WINDOW_BYTES = TUNING.window_bytes
 # Larger tensors are worth huge pages.
-_LARGE_BYTES = 1 << 18
+_LARGE_BYTES = TUNING.huge_pages_bytes
 # The kernel takes at most 1024 spans a call.
 MAX_NOTED = 512
 _CLOSED = object()

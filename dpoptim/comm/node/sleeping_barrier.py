@@ -14,13 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dpoptim.tuning import TUNING
+
 __all__ = ["SleepingBarrier"]
 
 _SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98}
 _WAIT, _WAKE = 0, 1
 _EVERYBODY = 2**31 - 1
 # A rank that is about to come is there sooner than one can fall asleep.
-_NUM_LOOKS = 4
+_NUM_LOOKS = TUNING.num_looks
 # How long a rank sleeps before it looks after MPI: what it holds up goes on at once, and a long wait costs little.
 _NAPS_MS = (1, 2, 4, 8)
 _WORDS_BETWEEN = 16  # each rank's word has a cache line of its own

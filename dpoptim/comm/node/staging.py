@@ -16,12 +16,13 @@ from torch import Tensor
 
 from dpoptim.comm.node.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
 from dpoptim.partition import aligned, even_counts
+from dpoptim.tuning import TUNING
 
 __all__ = ["ASLEEP_BYTES", "AWAKE_BYTES", "StagingArea"]
 
 # What a rank copies in between two meetings: what suits caches; more for ranks that take turns on a core, where a
 # meeting takes a turn of each (4 ranks on 2 cores: a tenth to a third less of the exchange than with 1 MiB).
-AWAKE_BYTES, ASLEEP_BYTES = 1 << 20, 1 << 22
+AWAKE_BYTES, ASLEEP_BYTES = TUNING.staging_awake_bytes, TUNING.staging_asleep_bytes
 
 
 class StagingArea:
