@@ -13,9 +13,10 @@ from dpoptim.comm.mpi import messages
 from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.peer_memory import MAX_NOTED, PeerMemory
-from dpoptim.comm.node.shared_memory import SharedMemory, sums
+from dpoptim.comm.node.shared_memory import SharedMemory
 from dpoptim.comm.node.small_sums import SmallSum
 from dpoptim.comm.router import DONE, Exchange, Work
+from dpoptim.comm.summing import is_summed_here
 from dpoptim.comm.topology import Topology
 from dpoptim.partition import even_counts, start_offsets
 
@@ -242,7 +243,7 @@ class Communicator:
         Then a meeting of all ranks can serve them (:meth:`announce_by`). Not before the node's memory was first used.
         """
         peers = self._deferring()
-        return peers is not None and 0 < count < MAX_NOTED and all(sums(dtype.to_real()) for dtype in dtypes)
+        return peers is not None and 0 < count < MAX_NOTED and all(is_summed_here(dtype.to_real()) for dtype in dtypes)
 
     def announce_by(self, meet: Callable[[], _Result]) -> _Result:
         """Meet all ranks by ``meet()``, so that what was deferred needs no such meeting of its own; collective.

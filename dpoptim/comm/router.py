@@ -24,11 +24,12 @@ from dpoptim.comm.mpi.messages import Messages, PendingSum
 from dpoptim.comm.mpi.polled import PolledMessages
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.peer_memory import PeerMemory
-from dpoptim.comm.node.shared_memory import SharedMemory, meeting, sums
+from dpoptim.comm.node.shared_memory import SharedMemory, meeting
 from dpoptim.comm.node.sleeping_barrier import SleepingBarrier
 from dpoptim.comm.node.small_sums import SmallSum, SmallSums
 from dpoptim.comm.node.staging import ASLEEP_BYTES, AWAKE_BYTES, StagingArea
 from dpoptim.comm.normal_tensors import normal_tensors
+from dpoptim.comm.summing import is_summed_here
 from dpoptim.comm.topology import Topology, available_cores
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
@@ -127,7 +128,7 @@ class Exchange:
         if self._world_size == 1:
             _scale(tensor, scale)
             return DONE
-        ways = self._ways_for(tensor) if sums(tensor.dtype) else None
+        ways = self._ways_for(tensor) if is_summed_here(tensor.dtype) else None
         if ways is None and self._meets_asleep(tensor):
             assert self._ways is not None
             self._ways.staging_area.all_reduce_small(tensor, scale)
@@ -158,7 +159,7 @@ class Exchange:
 
     def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float) -> Work:
         """Sum ``scale * source`` over all ranks; ``output``, perhaps a part of it, receives this rank's part."""
-        ways = self._ways_for(source) if sums(source.dtype) else None
+        ways = self._ways_for(source) if is_summed_here(source.dtype) else None
         if ways is None or not self.topology.is_even:
             if self._polled is not None and self.may_wait and source.nbytes <= self._messages.max_message_bytes:
                 return self._polled.reduce_scatter(output, source, counts, scale)
@@ -372,7 +373,7 @@ class Exchange:
             self._shares_cores
             and self.topology.num_nodes == 1
             and tensor.device.type == "cpu"
-            and sums(tensor.dtype)
+            and is_summed_here(tensor.dtype)
             and self._find_ways() is not None
             and self._ways is not None
             and tensor.nbytes <= self._ways.staging_area.small_bytes

@@ -4,8 +4,8 @@ Note [Wire precision]
 ---------------------
 MPI has no sum for bfloat16 and, portably, none for float16. User-defined reduction operations would run Python
 for every message and are wrong in the non-blocking collectives of some MPIs (open-mpi/ompi#1754). Hence tensors
-of 16 bits travel as bytes: every rank receives all ranks' values of the part that it owns, sums them in float32
-in the order of ranks, rounds once, and sends the result to all. The result is the same bits on every rank.
+of 16 bits travel as bytes: every rank receives all ranks' values of the part that it owns, sums them (Note [Order of
+sums] in summing.py), and sends the result to all. The result is the same bits on every rank.
 
 Note [Large messages]
 ---------------------
@@ -37,12 +37,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpoptim.comm.summing import SUMMED_IN_FLOAT32, sum_in_order
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
 __all__ = [
     "NUM_IN_FLIGHT",
-    "SUMMED_IN_FLOAT32",
     "Messages",
     "Pending",
     "PendingSum",
@@ -68,16 +68,12 @@ _MPI_SUM_TYPES = {
     torch.uint16: "UINT16_T",
     torch.uint8: "UINT8_T",
 }
-# torch does not add these; the bits of a sum are those of signed numbers.
-_SUMMED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _IN_PIECES_BYTES = TUNING.in_pieces_bytes
 _SHARE_BYTES = TUNING.share_bytes
 _PIECE_BYTES = TUNING.piece_bytes
 NUM_IN_FLIGHT = TUNING.num_in_flight
 _SHORTEST_NAP_S = TUNING.shortest_nap_s
 _LONGEST_NAP_S = TUNING.longest_nap_s
-
-SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
 class Pending:
@@ -310,7 +306,7 @@ class Messages:
     ) -> Iterator[Pending]:
         received, send, receive = self._exchange_of(source, starts, counts)
         yield self._start("Ialltoallv", send, receive)
-        _sum_in_order(received, output)
+        sum_in_order(received.unbind(), output)
 
     def _all_gather_piece(self, whole: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Pending]:
         yield self._start("Iallgatherv", self._mpi.IN_PLACE, self._parts(whole, starts, counts))
@@ -367,7 +363,7 @@ class Messages:
         """Sum this rank's part in float32, in the order of ranks (Note [Wire precision])."""
         received, send, receive = self._exchange_of(source, start_offsets(counts), counts)
         self._call("Alltoallv", source.nbytes, send, receive)
-        _sum_in_order(received, output)
+        sum_in_order(received.unbind(), output)
 
     def _exchange_of(
         self, source: Tensor, starts: Sequence[int], counts: Sequence[int]
@@ -389,21 +385,6 @@ class Messages:
         self._call("Reduce", chunk.nbytes, self._spec(chunk), target, op=self._mpi.SUM, root=owner)
         if output is not None and received is not None:
             output.copy_(received)
-
-
-def _sum_in_order(rows: Tensor, output: Tensor) -> None:
-    """Sum rows, in their order; those of 16 bits in float32."""
-    if rows.dtype in SUMMED_IN_FLOAT32:
-        total = rows[0].float()
-        for row in rows[1:]:
-            total += row
-        output.copy_(total)
-        return
-    dtype = _SUMMED_AS.get(rows.dtype, rows.dtype)
-    rows, output = rows.view(dtype), output.view(dtype)
-    output.copy_(rows[0])
-    for row in rows[1:]:
-        output += row
 
 
 def has_sum(dtype: torch.dtype) -> bool:

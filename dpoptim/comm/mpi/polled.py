@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, SUMMED_IN_FLOAT32, Messages, Pending
+from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, Messages, Pending
 from dpoptim.comm.mpi.pieces import InFlight, Transfer
+from dpoptim.comm.summing import SUMMED_IN_FLOAT32
 from dpoptim.tuning import TUNING
 
 __all__ = ["PolledMessages"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpoptim.comm.node.shared_memory import Node, SharedMemory
+from dpoptim.comm.summing import add_others_in_order
 from dpoptim.partition import aligned
 
 __all__ = ["LentMemory"]
@@ -64,7 +65,7 @@ class LentMemory:
     def sum_part(self, places: Sequence[int], dtype: torch.dtype, start: int, numel: int, scale: float) -> bool:
         """Sum a part of a tensor over all ranks, and put ``scale`` times the sum in its place here.
 
-        Sums are taken as everywhere (Note [Order of sums] in shared_memory.py). Nobody else reads this part meanwhile.
+        Sums are taken as everywhere (Note [Order of sums] in summing.py). Nobody else reads this part meanwhile.
 
         Parameters
         ----------
@@ -94,18 +95,7 @@ class LentMemory:
         return True
 
     def _sum_window(self, values: Sequence[Tensor], scale: float) -> None:
-        own, rank = values[self._rank], self._rank
-        if rank < 2:  # a + b is b + a
-            own.add_(values[1 - rank])
-            later = values[2:]
-        else:
-            total = torch.add(values[0], values[1], out=self._scratch.view(own.dtype)[: len(own)])
-            for value in values[2:rank]:
-                total.add_(value)
-            torch.add(total, own, out=own)
-            later = values[rank + 1 :]
-        for value in later:
-            own.add_(value)
+        own = add_others_in_order(values, self._rank, self._scratch.view(values[0].dtype))
         if scale != 1.0:
             own.mul_(scale)
 

@@ -37,7 +37,8 @@ from torch import Tensor
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.node.huge_pages import HugePages
 from dpoptim.comm.node.lent_memory import LentMemory
-from dpoptim.comm.node.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
+from dpoptim.comm.node.shared_memory import Node, SharedMemory
+from dpoptim.comm.summing import SUMMED_IN_FLOAT32, accumulator
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
@@ -354,7 +355,7 @@ class PeerMemory:
             noted.places, noted.scales = places, [scale / noted.divisor for scale in scales]
 
     def _sum(self, batch: Sequence[_Noted]) -> None:
-        """Sum this rank's parts over all ranks, window by window (Note [Order of sums] in shared_memory.py)."""
+        """Sum this rank's parts over all ranks, window by window (Note [Order of sums] in summing.py)."""
         alike: dict[tuple[torch.dtype, tuple[float, ...]], list[_Noted]] = {}
         for noted in batch:
             alike.setdefault((noted.tensor.dtype, tuple(noted.scales)), []).append(noted)
@@ -397,8 +398,8 @@ class PeerMemory:
                 values.mul_(scales[rank])
             if place:
                 total.add_(values)
-            elif dtype in SUMMED_IN_FLOAT32:
-                total = first.float()
+            else:
+                total = accumulator(first)
         sums, targets = total.split(numels), [cut.target for cut in window]
         if common is None or common == 1.0:
             torch._foreach_copy_(targets, sums)

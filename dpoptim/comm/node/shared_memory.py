@@ -10,11 +10,6 @@ have opened it; only a rank that is killed in these milliseconds leaves it behin
 in no directory (memfd_create(2)), which is no part of ``/dev/shm``. Every rank
 allocates its share of the pages: a full ``/dev/shm`` is an error then and not a SIGBUS later, and on a machine with
 several memory banks the pages lie near their rank.
-
-Note [Order of sums]
---------------------
-Sums are taken in the order of ranks, in float32 for 16-bit dtypes. Their bits do not depend on how a tensor is
-divided among owners, chunks or buckets.
 """
 
 import mmap
@@ -31,11 +26,9 @@ from dpoptim.comm.node.sleeping_barrier import SleepingBarrier
 from dpoptim.comm.normal_tensors import normal_tensors
 from dpoptim.partition import even_counts, start_offsets
 
-__all__ = ["SUMMED_IN_FLOAT32", "Node", "SharedMemory", "meeting", "sums"]
+__all__ = ["Node", "SharedMemory", "meeting"]
 
 _DIRECTORY = "/dev/shm"  # noqa: S108 - in memory; mkstemp makes the name and the mode safe
-_SUMMED = (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-SUMMED_IN_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
 class Node(Protocol):
@@ -176,8 +169,3 @@ def meeting(node: Node, *, sleeping: bool) -> Callable[[], None]:
     numel = SleepingBarrier.words_needed(node.world_size)
     words = SharedMemory(node, 4 * numel).tensor(torch.int32, [numel])
     return SleepingBarrier(words, node.rank, node.world_size, node.progress).wait
-
-
-def sums(dtype: torch.dtype) -> bool:
-    """Whether ranks of a node can sum tensors of this dtype without MPI (Note [Order of sums])."""
-    return dtype in _SUMMED or dtype in SUMMED_IN_FLOAT32

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dpoptim.comm.node.shared_memory import SUMMED_IN_FLOAT32, Node, SharedMemory
+from dpoptim.comm.node.shared_memory import Node, SharedMemory
+from dpoptim.comm.summing import sum_in_order
 from dpoptim.partition import aligned, even_counts
 from dpoptim.tuning import TUNING
 
@@ -87,7 +88,7 @@ class StagingArea:
         slots = [slot[:numel] for slot in self._in(tensor.dtype)]
         _copy_scaled(slots[self._rank], tensor, scale)
         self._meet()
-        tensor.copy_(_sum_of(slots))
+        sum_in_order(slots, out=tensor)
         self._turn += 1
 
     @property
@@ -163,7 +164,7 @@ class StagingArea:
         start = self._rank * (slots[0].numel() // self._size)
         values = [own if rank == self._rank else slot[start : start + numel] for rank, slot in enumerate(slots)]
         total = self._out(own.dtype)[self._rank][:numel]
-        _sum_of(values, out=total)
+        sum_in_order(values, out=total)
         output.copy_(total)
 
     def _take_sums(self, parts: Sequence[Tensor], turn: int) -> None:
@@ -203,19 +204,6 @@ class StagingArea:
 
 def _parts(tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
     return [tensor[start : start + count] for start, count in zip(starts, counts, strict=True)]
-
-
-def _sum_of(values: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Sum two or more tensors (Note [Order of sums])."""
-    if values[0].dtype in SUMMED_IN_FLOAT32:
-        wide = values[0].float()
-        for value in values[1:]:
-            wide += value
-        return wide if out is None else out.copy_(wide)
-    total = torch.add(values[0], values[1], out=out)
-    for value in values[2:]:
-        total += value
-    return total
 
 
 def _copy_scaled(target: Tensor, source: Tensor, scale: float) -> None:
