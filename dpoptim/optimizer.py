@@ -19,7 +19,6 @@ from dpoptim.checks.arguments import (
     already_reduced,
     argument_error,
     check_closure,
-    check_loadable,
     check_not_stepped_by_another,
     check_one_group,
     check_same_parameters,
@@ -29,6 +28,7 @@ from dpoptim.checks.arguments import (
     parameter_error,
 )
 from dpoptim.checks.hyper_parameters import HyperParameters
+from dpoptim.checks.loadable import check_loadable
 from dpoptim.checks.torch_calls import forget, make_known
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks

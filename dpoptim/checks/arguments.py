@@ -1,8 +1,6 @@
 """What an optimizer refuses, said before anything is changed and with the names of parameters. Nothing collective."""
 
 import contextlib
-import functools
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,6 @@ from dpoptim.checks.layers import layer_error
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.bucket import gradient_dtype
 from dpoptim.gradients.reducer import is_reduced
-from dpoptim.step.facts import FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.inner_step import needs_closure
 
@@ -27,7 +24,6 @@ __all__ = [
     "already_reduced",
     "argument_error",
     "check_closure",
-    "check_loadable",
     "check_not_stepped_by_another",
     "check_one_group",
     "check_same_parameters",
@@ -37,12 +33,9 @@ __all__ = [
     "parameter_error",
 ]
 
-# Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
-_ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 # Packages whose optimizers around others pass on what they are told, and how far up they stand.
 _ONLY_PASS_ON = ("torch", "dpoptim", "accelerate", "lightning", "pytorch_lightning", "heat")
 _MAX_FRAMES = 8
-_NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
 
 
 def argument_error(
@@ -136,116 +129,6 @@ def parameter_error(
                 "over ranks, with differentiable=True neither: give the optimizer the tensors that it was computed from"
             )
     return layer_error(parameters, names, module)
-
-
-def check_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ``ValueError`` that says what differs unless a state dict is one of such an optimizer. Local.
-
-    Parameters
-    ----------
-    optimizer : Optimizer
-        The one that is to load it; not changed.
-    state_dict : mapping
-        In torch's form: ``state`` and ``param_groups``.
-    names : sequence of str
-        A name for each parameter of the optimizer.
-    """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(
-                f"the state dict of an optimizer must have '{key}', got only {sorted(map(str, state_dict))}"
-            )
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    if len(groups) != len(saved_groups):
-        raise ValueError(
-            f"the state dict must have {len(groups)} parameter groups, as the optimizer has, got {len(saved_groups)}"
-        )
-    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        if len(group["params"]) != len(saved["params"]):
-            raise ValueError(
-                f"parameter group {number} must have {len(group['params'])} parameters in the state dict, as in the "
-                f"optimizer, got {len(saved['params'])}"
-            )
-    torch_class = _torch_class(optimizer)
-    if torch_class is None:
-        return  # nobody else's state is known here
-    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        _check_hyper_parameters(torch_class, number, group, saved)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    places = [place for saved in saved_groups for place in saved["params"]]
-    for parameter, place, name in zip(parameters, places, names, strict=True):
-        entry = state_dict["state"].get(place)
-        if entry:
-            _check_state(torch_class, parameter, name, entry)
-
-
-def _check_hyper_parameters(
-    torch_class: type[Optimizer], number: int, group: Mapping[str, Any], saved: Mapping[str, Any]
-) -> None:
-    own = _hyper_parameters(torch_class)
-    lacking = sorted((own & group.keys()) - saved.keys() - _ADDED_LATER)
-    foreign = sorted((saved.keys() & _all_hyper_parameters()) - own - group.keys())
-    if lacking or foreign:
-        what = [f"has no {', '.join(lacking)}"] * bool(lacking) + [f"has {', '.join(foreign)}"] * bool(foreign)
-        raise ValueError(
-            f"the state dict must be one of {torch_class.__name__}, got one of another optimizer: its parameter group "
-            f"{number} {' and '.join(what)}"
-        )
-
-
-def _check_state(torch_class: type[Optimizer], parameter: Tensor, name: str, entry: Mapping[str, Any]) -> None:
-    kind = torch_class.__name__
-    always, sometimes = FACTS[kind].keeps, FACTS[kind].may_keep
-    if always is None:
-        return  # LBFGS keeps a history in vectors of all parameters
-    # What is no torch optimizer's was added by a wrapper of somebody else, such as a slow average.
-    if not always <= entry.keys() or entry.keys() & _all_state_keys() - always - sometimes:
-        expected = ", ".join(sorted(always)) or "nothing"
-        optional = f" (or also {', '.join(sorted(sometimes))})" if sometimes else ""
-        raise ValueError(
-            f"the state of parameter '{name}' must hold {expected}{optional}, as that of {kind}, got "
-            f"{', '.join(map(str, entry))}: the state dict is one of another optimizer"
-        )
-    for key, value in entry.items():
-        expected_shape = _state_shape(key, parameter)
-        if key in always | sometimes and isinstance(value, Tensor) and value.shape != expected_shape:
-            raise ValueError(
-                f"'{key}' of parameter '{name}' must have shape {tuple(expected_shape)} in the state dict, got "
-                f"{tuple(value.shape)}: the parameter itself has shape {tuple(parameter.shape)}"
-            )
-
-
-@functools.cache
-def _all_state_keys() -> frozenset[str]:
-    return frozenset[str]().union(*((facts.keeps or frozenset()) | facts.may_keep for facts in FACTS.values()))
-
-
-def _state_shape(key: str, parameter: Tensor) -> torch.Size:
-    if key in NUMBERS:
-        return torch.Size([])
-    shape = list(parameter.shape)
-    if key == "row_var":
-        shape[-1] = 1
-    elif key == "col_var":
-        shape[-2] = 1
-    return torch.Size(shape)
-
-
-def _torch_class(optimizer: Optimizer) -> type[Optimizer] | None:
-    """Return the class of ``torch.optim`` that an optimizer is of, if it is of one."""
-    known: list[type[Optimizer]] = [getattr(torch.optim, name) for name in FACTS if hasattr(torch.optim, name)]
-    return next((kind for kind in type(optimizer).__mro__ if kind in known), None)
-
-
-def _hyper_parameters(torch_class: type[Optimizer]) -> set[str]:
-    return set(inspect.signature(torch_class.__init__).parameters) - _NO_HYPER_PARAMETERS
-
-
-@functools.cache
-def _all_hyper_parameters() -> frozenset[str]:
-    return frozenset[str]().union(
-        *(_hyper_parameters(getattr(torch.optim, name)) for name in FACTS if hasattr(torch.optim, name))
-    )
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpoptim.comm.device_memory import host_memory, on_same_stream
 from dpoptim.comm.errors import abort_on_uncaught_exception
-from dpoptim.comm.mpi import messages
-from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum
+from dpoptim.comm.mpi import library
+from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum, has_sum
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.peer_memory import MAX_NOTED, PeerMemory
 from dpoptim.comm.node.shared_memory import SharedMemory
@@ -70,7 +70,7 @@ class Communicator:
         self._messages = own_messages
         self.rank, self.world_size = own_messages.rank, own_messages.world_size
         has_thread = overlap and not polled
-        if has_thread and not messages.takes_threads():
+        if has_thread and not library.takes_threads():
             own_messages.free()
             raise ValueError(
                 "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
@@ -79,15 +79,15 @@ class Communicator:
         self._exchange = Exchange(own_messages, patient=patient and overlap, polled=polled and overlap)
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
         if self.world_size > 1:
-            abort_on_uncaught_exception(messages.abort)
+            abort_on_uncaught_exception(library.abort)
 
     @classmethod
     def shared(cls, comm: Any = None) -> "Communicator":
         """Return the one duplicate of ``comm`` that all callers share; collective at the first call for ``comm``."""
-        found = messages.attached(comm)
+        found = library.attached(comm)
         if found is None:
             found = cls(comm)
-            messages.attach(comm, found)
+            library.attach(comm, found)
         assert isinstance(found, cls)
         return found
 
@@ -373,7 +373,7 @@ class Communicator:
 
     def library(self) -> dict[str, str]:
         """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
-        return messages.library()
+        return library.library()
 
     def duplicate(self, *, overlap: bool = False, patient: bool = False, polled: bool = False) -> "Communicator":
         """Return a communicator of the same ranks with messages of its own; collective.
@@ -445,7 +445,7 @@ class Communicator:
     def _run_on_host(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any) -> Work:
         if tensors[0].device.type == "cpu":
             return collective(*tensors, *args)
-        with host_memory(*tensors, direct=messages.reads_device_memory) as hosts:
+        with host_memory(*tensors, direct=library.reads_device_memory) as hosts:
             collective(*hosts, *args).wait()
         return DONE
 
@@ -482,5 +482,5 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _check_summable(dtype: torch.dtype) -> None:
-    if not messages.has_sum(dtype):
+    if not has_sum(dtype):
         raise TypeError(f"tensors of {dtype} have no sum over ranks: convert to a wider dtype first")

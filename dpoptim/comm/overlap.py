@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.mpi import messages
+from dpoptim.comm.mpi import library
 from dpoptim.comm.topology import available_cores
 from dpoptim.tuning import TUNING
 
@@ -123,7 +123,7 @@ def _try(communicator: Communicator) -> Trial:
     if topology.num_nodes == 1 and not has_spare_cores(communicator):
         return Trial(why_not="an exchange in a node is work for its cores, and the ranks' threads fill them")
     ways: dict[str, Communicator] = {}
-    if messages.takes_threads():
+    if library.takes_threads():
         ways["awake_s"] = communicator.duplicate(overlap=True)
         if topology.num_nodes > 1:
             ways["asleep_s"] = communicator.duplicate(overlap=True, patient=True)

@@ -8,7 +8,7 @@ from oracle import Net, joined_batch, part_sizes, seeded, train
 from torch import nn
 
 import dpoptim
-from dpoptim.checks.arguments import _ADDED_LATER, _hyper_parameters
+from dpoptim.checks.loadable import _ADDED_LATER, _hyper_parameters
 from dpoptim.step.facts import FACTS, NUMBERS
 
 pytestmark = pytest.mark.parallel

@@ -8,7 +8,7 @@ import torch
 
 import dpoptim
 from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.mpi import messages
+from dpoptim.comm.mpi import library
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.mpi.polled import PolledMessages
 from dpoptim.comm.overlap import Trial, try_overlap
@@ -48,7 +48,7 @@ def test_nothing_tried_is_no():
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("num_cores", [1, 64])
 def test_one_node_tries_where_it_has_cores_to_spare(world, monkeypatch, num_cores):
-    if world.size == 1 or not messages.takes_threads():
+    if world.size == 1 or not library.takes_threads():
         pytest.skip("one rank exchanges nothing, or this MPI takes no threads")
     monkeypatch.setattr(dpoptim.comm.overlap, "available_cores", lambda: set(range(num_cores)))
     communicator = Communicator(world)
@@ -62,7 +62,7 @@ def test_one_node_tries_where_it_has_cores_to_spare(world, monkeypatch, num_core
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("nodes", ["one node", "a node each"])
 def test_ranks_decide_alike(world, monkeypatch, nodes):
-    if world.size == 1 or not messages.takes_threads():
+    if world.size == 1 or not library.takes_threads():
         pytest.skip("one rank exchanges nothing, or this MPI takes no threads")
     if nodes == "a node each":
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
@@ -113,7 +113,7 @@ def test_hooks_need_no_mpi_for_threads(world, monkeypatch):
     if world.size == 1:
         pytest.skip("one rank exchanges nothing")
     monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
-    monkeypatch.setattr(messages, "takes_threads", lambda: False)
+    monkeypatch.setattr(library, "takes_threads", lambda: False)
     own = world.Dup()  # or the trial of another test would be found
     parameter = torch.nn.Parameter(torch.ones(3))
     opt = dpoptim.DataParallelOptimizer(dpoptim.SGD([parameter], lr=0.1), comm=own, overlap=True)

@@ -1,4 +1,4 @@
-"""The one file that calls MPI: collectives of flat host tensors by messages.
+"""Messages: collectives of flat host tensors by MPI.
 
 Note [Wire precision]
 ---------------------
@@ -27,8 +27,6 @@ MPI waits by asking again and again, which takes a whole core. Where ranks share
 computation, it takes time from what is waited for. Patient collectives sleep between questions.
 """
 
-import ctypes
-import functools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpoptim.comm.mpi.library import checked
 from dpoptim.comm.summing import SUMMED_IN_FLOAT32, sum_in_order
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
@@ -46,13 +45,7 @@ __all__ = [
     "Messages",
     "Pending",
     "PendingSum",
-    "abort",
-    "attach",
-    "attached",
     "has_sum",
-    "library",
-    "reads_device_memory",
-    "takes_threads",
 ]
 
 # Sums of these are done by MPI itself, in this precision. The values are names of mpi4py datatypes.
@@ -139,7 +132,7 @@ class Messages:
         from mpi4py import MPI  # importing this initialises MPI, which importing dpoptim must not do
 
         self._mpi = MPI
-        self._comm = _checked(comm, MPI).Dup()
+        self._comm = checked(comm, MPI).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
@@ -390,84 +383,3 @@ class Messages:
 def has_sum(dtype: torch.dtype) -> bool:
     """Whether tensors of this dtype can be summed over ranks."""
     return dtype in _MPI_SUM_TYPES or dtype in SUMMED_IN_FLOAT32
-
-
-def takes_threads() -> bool:
-    """Whether several threads may call this MPI at once."""
-    from mpi4py import MPI
-
-    return bool(MPI.Query_thread() >= MPI.THREAD_MULTIPLE)
-
-
-def library() -> dict[str, str]:
-    """Describe the MPI library: name and version, standard, thread level, reads device memory or not."""
-    from mpi4py import MPI
-
-    levels = {
-        MPI.THREAD_SINGLE: "single",
-        MPI.THREAD_FUNNELED: "funneled",
-        MPI.THREAD_SERIALIZED: "serialized",
-        MPI.THREAD_MULTIPLE: "multiple",
-    }
-    aware = [device for device in ("cuda", "rocm") if reads_device_memory(device)]
-    return {
-        "library": " ".join(MPI.Get_library_version().replace("\x00", "").splitlines()[0].split(",")[0].split()),
-        "standard": ".".join(map(str, MPI.Get_version())),
-        "thread level": levels[MPI.Query_thread()],
-        "GPU-aware": ", ".join(aware) or "no (device tensors go through pinned host memory)",
-    }
-
-
-@functools.cache
-def reads_device_memory(device_type: str) -> bool:
-    """Ask the loaded MPI library whether it takes pointers to this kind of device memory."""
-    from mpi4py import MPI
-
-    name = {"cuda": "MPIX_Query_cuda_support", "rocm": "MPIX_Query_rocm_support"}.get(device_type)
-    query = getattr(ctypes.CDLL(MPI.__file__), name, None) if name else None
-    return bool(query()) if query is not None else False
-
-
-def abort() -> None:
-    """End every rank of the job."""
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        MPI.COMM_WORLD.Abort(1)
-
-
-def attached(comm: Any) -> Any:
-    """Return what :func:`attach` has left at this communicator, or None; not collective."""
-    from mpi4py import MPI
-
-    return _checked(comm, MPI).Get_attr(_key())
-
-
-def attach(comm: Any, item: Any) -> None:
-    """Leave something at a communicator, to be found as long as it lives; not collective."""
-    from mpi4py import MPI
-
-    _checked(comm, MPI).Set_attr(_key(), item)
-
-
-@functools.cache
-def _key() -> int:
-    """Return the MPI attribute under which things are attached."""
-    from mpi4py import MPI
-
-    return int(MPI.Comm.Create_keyval())
-
-
-def _checked(comm: Any, mpi: Any) -> Any:
-    """Return the mpi4py intracommunicator that ``comm`` is or holds."""
-    if comm is None:
-        return mpi.COMM_WORLD
-    if not isinstance(comm, mpi.Comm):
-        comm = getattr(comm, "handle", comm)  # Heat's MPICommunication holds mpi4py's
-    if not isinstance(comm, mpi.Comm):
-        raise TypeError(f"comm must be an mpi4py communicator, a Heat communicator or None, got {type(comm).__name__}")
-    if comm == mpi.COMM_NULL:
-        raise ValueError("comm must be a live communicator, got MPI.COMM_NULL (never made, or already freed)")
-    if comm.Is_inter():
-        raise ValueError("comm must be an intracommunicator, got an intercommunicator: Merge() it first")
-    return comm
