@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from dpoptim.commands.bench import bench
+from dpoptim.commands.check import check
 from dpoptim.commands.checkpoint import add_commands, run
 from dpoptim.commands.class_check import MODES, check_class
-from dpoptim.commands.diagnostics import check, info
+from dpoptim.commands.info import info
 
 __all__ = ["main"]
 

@@ -16,8 +16,6 @@ __all__ = ["check_loadable"]
 
 # Hyper-parameters that torch has added to optimizers, so that older states lack them; it fills them in.
 _ADDED_LATER = {"foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
-
-
 _NO_HYPER_PARAMETERS = {"params", "param_names", "self", "initial_lr"}
 
 

@@ -13,8 +13,7 @@ nodes, and the node puts the parts together when they have come. Where nodes hav
 as many parts as the smallest node has ranks.
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from dpoptim.comm.communicator import Communicator, Work
 from dpoptim.comm_hooks import CommHook
+from dpoptim.daso.state_average import reals
 from dpoptim.gradients.bucket import Bucket
-from dpoptim.partition import even_counts, group_by_size, start_offsets
-from dpoptim.tuning import TUNING
+from dpoptim.partition import even_counts, start_offsets
 
-__all__ = ["NodeAverage", "average_state"]
+__all__ = ["NodeAverage"]
 
 
 class _Flat:
@@ -51,14 +50,14 @@ class _Flat:
         return self._values(self.parameters).sub_(self.anchor)
 
     def merge(self, weight: float) -> None:
-        means = torch.split(self.anchor, [_reals(parameter).numel() for parameter in self.parameters])
+        means = torch.split(self.anchor, [reals(parameter).numel() for parameter in self.parameters])
         for parameter, flat_mean in zip(self.parameters, means, strict=True):
-            values = _reals(parameter)
+            values = reals(parameter)
             mean = flat_mean.view(values.shape)
             values.copy_(mean if weight == 1.0 else torch.lerp(values.to(mean.dtype), mean, weight))
 
     def _values(self, parameters: Sequence[Tensor]) -> Tensor:
-        return torch.cat([_reals(parameter).reshape(-1).to(self.anchor.dtype) for parameter in parameters])
+        return torch.cat([reals(parameter).reshape(-1).to(self.anchor.dtype) for parameter in parameters])
 
 
 class NodeAverage:
@@ -119,7 +118,7 @@ class NodeAverage:
             if index in self._covered or not parameter.requires_grad:
                 continue
             self._covered.add(index)
-            values = _reals(parameter)
+            values = reals(parameter)
             dtype = torch.float32 if values.element_size() < 4 else values.dtype
             flat = self._flats.setdefault((dtype, values.device), _Flat(dtype, values.device))
             flat.add(index, parameter)
@@ -199,7 +198,7 @@ class NodeAverage:
         self._flats.clear()
         self._covered.clear()
         for entry in state:
-            first = _reals(parameters[entry["indices"][0]])
+            first = reals(parameters[entry["indices"][0]])
             anchor = entry["anchor"].to(first.device, copy=True)
             flat = self._flats[anchor.dtype, anchor.device] = _Flat(anchor.dtype, anchor.device)
             flat.indices = list(entry["indices"])
@@ -209,74 +208,3 @@ class NodeAverage:
             flat.part = None if entry["part"] is None else entry["part"].clone().cpu()
             self._covered.update(flat.indices)
         self.is_pending = is_pending
-
-
-@torch.no_grad()
-def average_state(communicator: Communicator, states: Sequence[dict[str, Any]], share: float) -> None:
-    """Replace tensors of optimizer state by their mean over ranks, in place; collective, blocks.
-
-    Scalars (counts of steps) become rank 0's. What a parameter has on some ranks only becomes that of the lowest such
-    rank on all. All ranks hold the same bits afterwards.
-
-    Parameters
-    ----------
-    communicator : Communicator
-        Of all ranks.
-    states : sequence of dict
-        The state of each parameter, in the same order on all ranks.
-    share : float
-        This rank's share in the mean; the shares of all ranks sum to one.
-    """
-    own = [{key: _layout(value) for key, value in sorted(state.items())} for state in states]
-    fingerprint = zlib.crc32(repr(own).encode())
-    if len(set(communicator.all_gather_object(fingerprint))) > 1:
-        for state, *here in zip(states, *communicator.all_gather_object(own), strict=True):
-            if any(layout != here[0] for layout in here):
-                owner = next(rank for rank, layout in enumerate(here) if layout)
-                state.update(communicator.broadcast_object(dict(state), root=owner))
-    scalars = [{key: value for key, value in state.items() if not _is_array(value)} for state in states]
-    for state, of_rank_0 in zip(states, communicator.broadcast_object(scalars), strict=True):
-        for key, value in of_rank_0.items():
-            if isinstance(state[key], Tensor):
-                state[key].copy_(value)
-            else:
-                state[key] = value
-    for tensors in _groups(list(_arrays(states))):
-        dtype = torch.float32 if tensors[0].element_size() < 4 else _reals(tensors[0]).dtype
-        mean = torch.cat([_reals(tensor).reshape(-1).to(dtype) for tensor in tensors]).mul_(share)
-        communicator.all_reduce(mean)
-        parts = torch.split(mean, [_reals(tensor).numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            _reals(tensor).copy_(part.view(_reals(tensor).shape))
-
-
-# So much memory beside the state itself.
-_GROUP_BYTES = TUNING.average_group_bytes
-
-
-def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one dtype and device that are to travel together."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for alike in kinds.values():
-        for indices in group_by_size([tensor.nbytes for tensor in alike], _GROUP_BYTES):
-            yield [alike[index] for index in indices]
-
-
-def _arrays(states: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    return (value for state in states for _, value in sorted(state.items()) if _is_array(value))
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() != 1 and (value.is_floating_point() or value.is_complex())
-
-
-def _layout(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _reals(tensor: Tensor) -> Tensor:
-    """Return a view on a tensor's numbers; complex ones as pairs of reals."""
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

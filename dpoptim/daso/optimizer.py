@@ -29,7 +29,9 @@ from dpoptim.comm.communicator import Communicator, Work
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.daso.node_average import NodeAverage, average_state
+from dpoptim.daso.arguments import argument_error, check_settings, nodes_of
+from dpoptim.daso.node_average import NodeAverage
+from dpoptim.daso.state_average import average_state
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.utils.consistency import raise_together
@@ -164,8 +166,8 @@ class DASO(DataParallelOptimizer):
             "local_skip_factor": local_skip_factor,
             "chunk_numel": chunk_numel,
         }
-        raise_together(world, _argument_error(settings, node, comm_hook))
-        _check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
+        raise_together(world, argument_error(settings, node, comm_hook))
+        check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
         self._make_way(optimizer)
         self._hook = _PhaseHook(comm_hook or allreduce)
         super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=self._hook)
@@ -187,7 +189,7 @@ class DASO(DataParallelOptimizer):
         self._sent_at = 0  # the batch after which the pending exchange was started
         self._is_synchronised = True
 
-        self._nodes = _nodes(world, node)
+        self._nodes = nodes_of(world, node)
         own = next(number for number, ranks in enumerate(self._nodes) if world.rank in ranks)
         local_rank = self._nodes[own].index(world.rank)
         num_parts = min(len(ranks) for ranks in self._nodes)
@@ -512,53 +514,3 @@ def _take_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> boo
     if not scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]:
         scaler.unscale_(optimizer)
     return not any(bool(found.item()) for found in scaler._found_inf_per_device(optimizer).values())
-
-
-def _nodes(world: Communicator, node: int | None) -> tuple[tuple[int, ...], ...]:
-    """Return the ranks of each node, the same on all ranks; collective."""
-    colors = world.all_gather_object(node)
-    if all(color is None for color in colors):
-        return world.topology.nodes
-    missing = [rank for rank, color in enumerate(colors) if color is None]
-    if missing:
-        error = ValueError(f"node must be given on all ranks or on none, it is None on ranks {missing}")
-        raise raised_on_all_ranks(error)
-    return tuple(tuple(r for r, color in enumerate(colors) if color == wanted) for wanted in dict.fromkeys(colors))
-
-
-_AT_LEAST = {
-    "total_epochs": 1,
-    "warmup_epochs": 0,
-    "cooldown_epochs": 0,
-    "max_global_skips": 0,
-    "skip_reduction_factor": 1,
-    "local_skip_factor": 1,
-    "chunk_numel": 1,
-}
-
-
-def _argument_error(settings: dict[str, Any], node: object, comm_hook: object) -> Exception | None:
-    for name, value in settings.items():
-        if name == "stability_level":
-            if not isinstance(value, float):
-                return TypeError(f"stability_level must be a float, got {type(value).__name__}")
-        elif not isinstance(value, int):
-            return TypeError(f"{name} must be an int, got {type(value).__name__}")
-        elif value < _AT_LEAST[name]:
-            return ValueError(f"{name} must be >= {_AT_LEAST[name]}, got {value}")
-    if node is not None and not isinstance(node, int):
-        return TypeError(f"node must be an int or None, got {type(node).__name__}")
-    if comm_hook is not None and not callable(comm_hook):
-        return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
-    return None
-
-
-def _check_settings(world: Communicator, settings: dict[str, Any]) -> None:
-    """Raise on all ranks if they have given different arguments; collective."""
-    for rank, other in enumerate(everybody := world.all_gather_object(settings)):
-        for name, value in everybody[0].items():
-            if other[name] != value:
-                error = ValueError(
-                    f"{name} is {value} on rank 0 but {other[name]} on rank {rank}: give all ranks the same"
-                )
-                raise raised_on_all_ranks(error)

@@ -29,9 +29,11 @@ from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.node_shared import NodeShared
 from dpoptim.modes.step_numbers import agree_on_numbers
-from dpoptim.step.divisibility import are_switched, divisibility, is_known
+from dpoptim.step.classes import is_known
+from dpoptim.step.divisibility import are_switched, divisibility
 from dpoptim.step.inner_step import InnerStep, needs_closure
-from dpoptim.step.sharded_step import Outputs, Part, ShardedStep, State
+from dpoptim.step.sharded_step import ShardedStep
+from dpoptim.step.units import Outputs, Part, State
 from dpoptim.utils.state_dict import Form, Slices, groups_of, is_slice, shard, to_named
 
 __all__ = ["Divided", "divided"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpoptim.comm.errors import raised_on_all_ranks
-from dpoptim.step.divisibility import has_own_step, is_known, parameters_of
+from dpoptim.step.classes import has_own_step, is_known, parameters_of
 
 __all__ = ["InnerStep", "needs_closure"]
 

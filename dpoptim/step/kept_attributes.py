@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpoptim.step.divisibility import is_known, nested_optimizers, parameters_of, slots_of
+from dpoptim.step.classes import is_known, nested_optimizers, parameters_of, slots_of
 from dpoptim.step.inner_step import InnerStep
 
 __all__ = ["KeptAttributes", "aliases_kept"]

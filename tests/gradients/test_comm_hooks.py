@@ -1,5 +1,8 @@
 """Communication hooks."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from dpoptim.comm.communicator import Communicator
 from dpoptim.gradients.bucket import Bucket
 
 pytestmark = pytest.mark.parallel
+
+PAGE = Path(__file__).parents[2] / "docs/hooks.md"
 
 
 def _gradient(rank, dtype=torch.float32):
@@ -92,3 +97,44 @@ def test_a_hook_may_write_to_what_it_has_summed(world):
         wrong += sum(not torch.equal(parameter.grad, mean) for parameter in parameters)
     opt.detach()
     assert not wrong
+
+
+def _run_page():
+    """Run the program of docs/hooks.md, and return its names."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    names = {"__name__": "hooks_page"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_program_of_the_page_trains(world):
+    names = _run_page()
+    losses, verdict = names["losses"], names["verdict"]
+    assert verdict, str(verdict)
+    assert losses[-1] < losses[0] / 2
+    numel = sum(parameter.numel() for parameter in names["model"].parameters())
+    num_steps = len(losses) if world.size > 1 else 0  # one rank has nothing to sum
+    assert names["hook"].num_bytes == num_steps * numel * torch.float64.itemsize
+    bits = world.allgather([parameter.tolist() for parameter in names["model"].parameters()])
+    assert all(other == bits[0] for other in bits)
+
+
+def test_the_hook_of_the_page_is_exact_in_each_mode(world):
+    hook = _run_page()["ExactSum"]()
+    for mode in ({}, {"overlap": True}, {"shard": True}, {"shard": True, "overlap": True}, {"node_shared": True}):
+        parameters = [torch.nn.Parameter(torch.zeros(numel)) for numel in (33, 5, 200_000)]
+        opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(parameters, lr=1.0), comm_hook=hook, **mode)
+        gradients = [
+            [torch.randn(parameter.numel(), generator=torch.Generator().manual_seed(rank)) for parameter in parameters]
+            for rank in range(world.size)
+        ]
+        sum((p * g).sum() for p, g in zip(parameters, gradients[world.rank], strict=True)).backward()
+        opt.step()
+        stepped = [parameter.detach().clone() for parameter in parameters]
+        opt.detach()
+        for shares, parameter in zip(zip(*gradients, strict=True), stepped, strict=True):
+            whole = sum(((share * (1 / world.size)).double() / hook.grid).round().long() for share in shares)
+            mean = (whole.double() * hook.grid).float() if world.size > 1 else shares[0]
+            assert torch.equal(parameter, -mean), mode

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpoptim.step.divisibility import Divisibility, divisibility
+from dpoptim.step.divisibility import divisibility
+from dpoptim.step.probe import Divisibility
 
 pytestmark = pytest.mark.once
 
