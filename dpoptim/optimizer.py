@@ -19,27 +19,21 @@ from dpoptim.checks.arguments import (
     already_reduced,
     argument_error,
     check_closure,
-    check_not_stepped_by_another,
     check_one_group,
-    check_same_parameters,
     division_error,
-    memory_error,
-    naming_gradients,
     parameter_error,
 )
 from dpoptim.checks.hyper_parameters import HyperParameters
 from dpoptim.checks.loadable import check_loadable
 from dpoptim.checks.torch_calls import forget, make_known
 from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.normal_tensors import normal_tensors
 from dpoptim.comm.overlap import has_spare_cores, try_overlap
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.gradients.reducer import Reducer
-from dpoptim.gradients.sharded_reducer import DividedReducer
-from dpoptim.modes.sharded import Divided, divided
-from dpoptim.modes.whole_state import gather_form, scatter_form
+from dpoptim.modes.mode import Mode, Replicated
+from dpoptim.modes.sharded import choose_mode
+from dpoptim.modes.whole_state import scatter_form
 from dpoptim.step.inner_step import InnerStep
 from dpoptim.step.kept_attributes import KeptAttributes, aliases_kept
 from dpoptim.step.step_hooks import FIRST_HOOK, run_hooks_around_step
@@ -47,9 +41,6 @@ from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
     Form,
     Slices,
-    from_named,
-    full_slices,
-    groups_of,
     load_full_form,
     to_named,
     unique_names,
@@ -129,7 +120,6 @@ class DataParallelOptimizer(Optimizer):
     """
 
     _is_constructed = True  # but while __init__ runs
-    _divided: Divided | None = None
 
     @normal_tensors()
     def __init__(
@@ -205,30 +195,28 @@ class DataParallelOptimizer(Optimizer):
         is_alone = self._communicator.world_size == 1
         self._inner_step = InnerStep(optimizer, None if is_alone else self._communicator.broadcast_object)
         self._kept_attributes = KeptAttributes(optimizer, self._inner_step)
-        self._divided = divided(
+        hyper_parameters = HyperParameters(lambda: self.param_groups)
+        self._mode: Mode = choose_mode(
             optimizer,
             self._communicator,
-            self._parameters(),
             self._inner_step,
+            hyper_parameters,
+            self._names,
             shard=shard,
             node_shared=node_shared,
         )
-        self._hyper_parameters = HyperParameters(lambda: self.param_groups)
-        make_reducer: Callable[..., Reducer] = Reducer
-        if self._divided is not None:
-            make_reducer = partial(DividedReducer, self._divided.sharding)
-        self._reducer = make_reducer(
+        self._reducer = self._mode.make_reducer(
             self._communicator,
             roll_call,
             comm_hook=comm_hook or allreduce,
             bucket_bytes=max(1, int(bucket_mb * 2**20)),
             accumulate=accumulate,
-            hyper_parameters=self._hyper_parameters,
+            hyper_parameters=hyper_parameters,
         )
         if accumulate > 1:  # around torch's own hooks, which run only when a step is made
             self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
         self._take_over_parameters(0)
-        self._divide_state()
+        self._mode.take_over_state()
         if self._communicator.world_size > 1:
             make_known(self)
 
@@ -253,7 +241,7 @@ class DataParallelOptimizer(Optimizer):
     def state(self, value: Any) -> None:
         if self._is_constructed:
             self._optimizer.state = value
-            self._divide_state()
+            self._mode.take_over_state()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -313,18 +301,7 @@ class DataParallelOptimizer(Optimizer):
         wrapped = None if closure is None else self._averaged(closure)
         if args or kwargs:
             self._check_step_arguments(args, kwargs)
-        if self._divided is not None:
-            loss = None if wrapped is None else wrapped()
-            self._divide_state()
-            with self._hyper_parameters.held():
-                self._divided.step(
-                    self._reducer.buckets,
-                    lambda purpose: self._reducer.meet(purpose, 1.0),
-                    self._reducer.checked_gradients,
-                )
-        else:
-            with naming_gradients(self._optimizer, self._names):
-                loss = self._inner_step(wrapped, *args, **kwargs)
+        loss = self._mode.step(wrapped, args, kwargs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler made on the inner one
         self._reducer.count_step()
         return loss
@@ -364,17 +341,15 @@ class DataParallelOptimizer(Optimizer):
                 self._module,
                 is_alone=self._communicator.world_size == 1,
             )
-            if error is None and self._divided is not None:
-                error = memory_error(self._parameters(), self._names())
+            error = error or self._mode.new_parameters_error(self._parameters(), self._names())
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
-        if self._divided is not None:
-            try:
-                self._divided.check_still_divisible()
-            except ValueError:
-                self.param_groups.pop()
-                raise
+        try:
+            self._mode.check_new_group()
+        except ValueError:
+            self.param_groups.pop()
+            raise
         check_alike(self._communicator, self._optimizer, self._names(), {})
         self._broadcast(self._parameters()[num_before:])
         self._take_over_parameters(num_before)
@@ -406,7 +381,7 @@ class DataParallelOptimizer(Optimizer):
             del hooks[_LAST_HOOK]
         if not overrides:
             self._kept_attributes.load(state_dict.get("attributes", {}))
-        self._divide_state()
+        self._mode.take_over_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form, as ``torch.optim.Optimizer.state_dict``; local.
@@ -416,11 +391,7 @@ class DataParallelOptimizer(Optimizer):
         RuntimeError
             The state is divided among ranks (``shard``, ``node_shared``).
         """
-        if self._divided is not None:
-            raise RuntimeError(
-                f"the optimizer state is divided among ranks ({self.mode}): call full_state_dict() on all of them, or "
-                "save it with dpoptim.utils.checkpoint"
-            )
+        self._mode.check_has_whole_state()
         return self._whole_state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -516,10 +487,7 @@ class DataParallelOptimizer(Optimizer):
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
             return nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
         self._reducer.finish()
-        if self._divided is not None:
-            self._reducer.meet("clipping gradients", 1.0)
-            return self._divided.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
-        return nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
+        return self._mode.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
 
     # What torch's own functions ask (Note [Functions of torch] in torch_calls.py).
 
@@ -530,19 +498,12 @@ class DataParallelOptimizer(Optimizer):
 
     def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return those of these gradients of which each rank has a part; local."""
-        reducer = self._reducer
-        if self._divided is None or not isinstance(reducer, DividedReducer):
-            return []
         own = {id(parameter.grad) for parameter in self._parameters() if parameter.grad is not None}
-        return [gradient for gradient in gradients if id(gradient) in own and reducer.is_partial(gradient)]
+        return [gradient for gradient in gradients if id(gradient) in own and self._reducer.is_partial(gradient)]
 
     def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the global norm of such gradients, in float64; collective."""
-        assert self._divided is not None
-        assert isinstance(self._reducer, DividedReducer)
-        self._reducer.meet("clipping gradients", 1.0)
-        self._reducer.canaries.remove()
-        return self._divided.total_norm(norm_type, gradients)
+        return self._mode.partial_norm(gradients, norm_type)
 
     def join_reduction(self, parameters: Sequence[Tensor]) -> None:
         """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
@@ -556,8 +517,7 @@ class DataParallelOptimizer(Optimizer):
     def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed; they are reduced before."""
         self._reducer.finish()
-        reducer = self._reducer
-        return reducer.canaries.hidden() if isinstance(reducer, DividedReducer) else contextlib.nullcontext()
+        return self._reducer.without_marks()
 
     def mean(self, value: float, *, weight: float | None = None) -> float:
         """Return a number averaged over ranks; collective, the same on every rank.
@@ -610,14 +570,10 @@ class DataParallelOptimizer(Optimizer):
         """
         if self._reducer.is_detached:
             return
-        if self._divided is not None:
-            self._reducer.meet("detaching the optimizer", 1.0)
-            with self._groups_as_taken_over():
-                own = self.local_state_dict()
-                form = gather_form(self._communicator, own, self._devices(), rank0_only=False, drops_torn=True)
-                assert form is not None
-                self._divided.release()
-                self._divided = None
+        with self._groups_as_taken_over():
+            form = self._mode.give_up(self)
+            self._mode = Replicated(self._optimizer, self._inner_step, self._names)
+            if form is not None:
                 load_full_form(self, form)
         forget(self)
         self._reducer.detach()
@@ -639,48 +595,34 @@ class DataParallelOptimizer(Optimizer):
             On every rank, if one is elsewhere or has left the program.
         """
         self._reducer.meet("entering exclusive()", 1.0)
-        if self._divided is not None:
-            self._divided.begin_exclusive()
+        self._mode.begin_exclusive()
         self._communicator.barrier()
         try:
             yield
         except BaseException:
-            if self._divided is not None:
-                self._divided.abandon_exclusive()
+            self._mode.abandon_exclusive()
             raise
         self._reducer.meet("leaving exclusive()", 1.0)
-        if self._divided is None or not self._divided.end_exclusive():
+        if not self._mode.end_exclusive():
             self._broadcast(self._parameters())
 
-    # ---------------------------------------------------------------- a divided state
+    # ---------------------------------------------------------------- a state in parts
 
     @property
     def mode(self) -> str:
         """``"replicated"``, ``"sharded"`` or ``"node-shared"``: what became of ``shard`` and ``node_shared``."""
-        return "replicated" if self._divided is None else self._divided.mode
+        return self._mode.name
 
     def local_slices(self) -> Slices:
         """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
-        names = unique_names(self.param_groups, self._names())
-        if self._divided is None:
-            return full_slices({name: p.shape for name, p in zip(names, self._parameters(), strict=True)})
-        return self._divided.slices(names)
+        return self._mode.slices()
 
     def local_state_dict(self) -> Form:
         """Return the state that this rank holds, by name, in the form of :mod:`dpoptim.utils.state_dict`; local.
 
         It shares memory with the optimizer.
         """
-        names = unique_names(self.param_groups, self._names())
-        if self._divided is not None:
-            return {**self._divided.form(self.param_groups, names), **self._kept_attributes.entry()}
-        state_dict = self._whole_state_dict()
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise RuntimeError(
-                f"the state dict of {type(self._optimizer).__name__} is not of torch's form, so that it can't be told "
-                "by parameter: save state_dict() itself, on rank 0"
-            )
-        return to_named(state_dict, [parameter.shape for parameter in self._parameters()], names)
+        return {**self._mode.form(self._whole_state_dict), **self._kept_attributes.entry()}
 
     def load_local_state_dict(self, form: Form) -> None:
         """Load this rank's part of a state, copied, in the dtypes that it has; local.
@@ -690,14 +632,7 @@ class DataParallelOptimizer(Optimizer):
         form : Form
             With the slices and names of :meth:`local_state_dict`.
         """
-        if self._divided is None:
-            load_full_form(self, form)
-            return
-        groups = groups_of(form, self.param_groups)
-        with aliases_kept(self._optimizer):
-            super().load_state_dict({"state": {}, "param_groups": groups})
-        self._kept_attributes.load(form.get("attributes", {}))
-        self._divided.load_form(form, unique_names(self.param_groups, self._names()))
+        self._mode.load(self, form, self._kept_attributes.load)
 
     def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any] | None:
         """Return the whole state in torch's form, as ``state_dict()`` of one process would; collective.
@@ -715,17 +650,7 @@ class DataParallelOptimizer(Optimizer):
             None on ranks that get nothing.
         """
         self._reducer.meet("collecting the optimizer state", 1.0)
-        if self._divided is None:
-            return self.state_dict() if self._communicator.rank == 0 or not rank0_only else None
-        for pre_hook in list(cast("Any", self)._optimizer_state_dict_pre_hooks.values()):
-            pre_hook(self)
-        form = gather_form(self._communicator, self.local_state_dict(), self._devices(), rank0_only=rank0_only)
-        if form is None:
-            return None
-        state_dict = from_named(form)
-        for post_hook in list(cast("Any", self)._optimizer_state_dict_post_hooks.values()):
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+        return self._mode.gather(self, rank0_only=rank0_only)
 
     def load_full_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Load rank 0's whole state, such as a plain torch ``state_dict()``, into all ranks; collective.
@@ -777,30 +702,23 @@ class DataParallelOptimizer(Optimizer):
     def _reduce_before_step(self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce what backward could not, before the user's step hooks see the gradients."""
         if stepped is not self:
-            if self._divided is not None and not self._divided.is_stepping:
-                raise RuntimeError(
-                    f"the step of the wrapped {type(stepped).__name__} was called: each rank has a part of the "
-                    "gradients and of the state alone, so call step() of the DataParallelOptimizer"
-                )
+            self._mode.check_inner_step(stepped)
             return  # the wrapped class's step calls that of its parent, which runs the hooks once more
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         check_closure(self._optimizer, closure)
-        check_same_parameters(self.param_groups, self._taken_over, are_divided=self._divided is not None)
-        if self._divided is not None:
-            check_not_stepped_by_another(self)
+        self._mode.check_step(self, self._taken_over)
         if closure is None:
             self._reducer.finish()
 
     def _take_over_parameters(self, start: int) -> None:
-        """Reduce, and divide, the parameters from this one on, which are equal on all ranks; collective."""
+        """Reduce, in this mode, the parameters from this one on, which are equal on all ranks; collective."""
         parameters, names = self._parameters(), self._names()
         self._taken_over = [list(group["params"]) for group in self.param_groups]
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         known = set(map(id, self._reducer.all_buckets))
         self._reducer.add_parameters(parameters[start:], names[start:], groups[start:])
-        if self._divided is not None:
-            new = [bucket for bucket in self._reducer.all_buckets if id(bucket) not in known]
-            self._divided.add(new, parameters, groups, names)
+        new = [bucket for bucket in self._reducer.all_buckets if id(bucket) not in known]
+        self._mode.add(new, parameters, groups)
 
     @contextlib.contextmanager
     def _groups_as_taken_over(self) -> Iterator[None]:
@@ -821,11 +739,6 @@ class DataParallelOptimizer(Optimizer):
         finally:
             self._optimizer.param_groups = groups
 
-    def _divide_state(self) -> None:
-        """Keep this rank's part of the wrapped optimizer's state, if it is divided and new; local."""
-        if self._divided is not None and self._divided.has_new_state:
-            self._divided.take_over_state(unique_names(self.param_groups, self._names()))
-
     def _whole_state_dict(self) -> dict[str, Any]:
         """Return the state of a replicated optimizer as its class gives it, with what it keeps elsewhere."""
         own = self._optimizer.state_dict if _overrides(self._optimizer, "state_dict") else super().state_dict
@@ -833,24 +746,12 @@ class DataParallelOptimizer(Optimizer):
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of the wrapped optimizer; collective if its parameters are divided."""
-        if self._divided is None:
-            with self._inner_step.with_common_generators():
-                return method(*args, **kwargs)
-        self._divide_state()
-        with self._hyper_parameters.held():
-            return self._divided.call(
-                partial(method, *args, **kwargs),
-                name,
-                self._reducer.all_buckets,
-                lambda purpose: self._reducer.meet(purpose, 1.0),
-            )
+        return self._mode.call(partial(method, *args, **kwargs), name)
 
     def _check_step_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise on all ranks if the further arguments of a step are not the same, or can't be divided; collective."""
         self._reducer.meet("a step with arguments", 1.0)
-        if self._divided is not None:
-            message = f"with {self.mode} parameters step() takes no arguments but a closure: they can't be divided"
-            raise raised_on_all_ranks(TypeError(message))
+        self._mode.check_step_arguments()
         own = [digest(value) if isinstance(value, Tensor) else repr(value) for value in _leaves((args, kwargs))]
         different = [rank for rank, other in enumerate(self._communicator.all_gather_object(own)) if other != own]
         error = None

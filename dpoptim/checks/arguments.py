@@ -35,7 +35,7 @@ __all__ = [
 
 # Packages whose optimizers around others pass on what they are told, and how far up they stand.
 _ONLY_PASS_ON = ("torch", "dpoptim", "accelerate", "lightning", "pytorch_lightning", "heat")
-_MAX_FRAMES = 8
+_MAX_FRAMES = 9
 
 
 def argument_error(

@@ -248,6 +248,14 @@ class Reducer:
         self.has_local_gradients = False
         self._reduced_since_step = False
 
+    def is_partial(self, gradient: Tensor) -> bool:  # noqa: ARG002  others have them
+        """Whether this rank has the mean of its part of a gradient alone."""
+        return False
+
+    def without_marks(self) -> contextlib.AbstractContextManager[None]:
+        """Let gradients have no element within that was not computed."""
+        return contextlib.nullcontext()
+
     def checked_gradients(self) -> list[Tensor | None]:
         """Return the gradients of all parameters; local.
 

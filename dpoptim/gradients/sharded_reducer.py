@@ -1,6 +1,6 @@
-"""DividedReducer: turns gradients into their global mean, each rank its own part of it.
+"""ShardedReducer: turns gradients into their global mean, each rank its own part of it.
 
-Note [Divided gradients]
+Note [Sharded gradients]
 ------------------------
 Where ranks share the work of the step, each receives the mean of its own part of the gradients alone; the rest of
 ``p.grad`` keeps values of no meaning. Two things follow.
@@ -17,6 +17,7 @@ Buckets and their order are fixed (Note [Who owns what] in sharding.py); they ar
 """
 
 import cmath
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from dpoptim.gradients.reducer import MARK, Reducer, Report
 from dpoptim.gradients.sharding import Entry, Sharding
 from dpoptim.partition import Piece
 
-__all__ = ["DividedReducer"]
+__all__ = ["ShardedReducer"]
 
 # The mark of gradients that were the result of a reduction, and are what has come since. That of the result itself is
 # the number of the parameter.
@@ -40,8 +41,8 @@ _PUT_ASIDE = "put aside"
 _MAX_LEFT_OUT = 3
 
 
-class DividedReducer(Reducer):
-    """Reduces gradients to the ranks that own them (Note [Divided gradients]).
+class ShardedReducer(Reducer):
+    """Reduces gradients to the ranks that own them (Note [Sharded gradients]).
 
     Parameters
     ----------
@@ -206,6 +207,10 @@ class DividedReducer(Reducer):
     def is_partial(self, gradient: Tensor) -> bool:
         """Whether this rank has the mean of its part of a gradient alone."""
         return isinstance(getattr(gradient, MARK, None), int)
+
+    def without_marks(self) -> contextlib.AbstractContextManager[None]:
+        """Let gradients have no infinite element within that was not computed."""
+        return self.canaries.hidden()
 
     def checked_gradients(self) -> list[Tensor | None]:
         """Return all gradients; raise ``RuntimeError`` if somebody took them for whole ones; local."""

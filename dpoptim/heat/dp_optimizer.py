@@ -13,6 +13,8 @@ import dpoptim.optimizer
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce, bf16_compress, fp16_compress
 from dpoptim.heat.succession import Replaceable, make_way
+from dpoptim.modes.mode import Replicated
+from dpoptim.step.inner_step import InnerStep
 from dpoptim.utils.consistency import raise_together
 
 __all__ = ["DASO", "DataParallelOptimizer"]
@@ -67,6 +69,7 @@ class DataParallelOptimizer(Replaceable):
             raise TypeError(f"blocking must be a bool, got {type(blocking).__name__}")
         self.blocking_parameter_updates = blocking
         self._optimizer = torch_optimizer
+        self._mode = Replicated(torch_optimizer, InnerStep(torch_optimizer, None), self._names)
         self._reason = "pass the optimizer to DataParallel(module, comm, optimizer) first, which averages its gradients"
         # What a scheduler, a hook or load_state_dict needs of this before attach() makes it whole.
         self._patch_step_function()

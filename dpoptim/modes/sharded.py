@@ -1,6 +1,6 @@
-"""Divided: what differs in a DataParallelOptimizer whose ranks share the work, and the memory, of the step.
+"""Sharded: the mode of an optimizer whose ranks share the work, and the memory, of the step.
 
-Note [A divided step]
+Note [A sharded step]
 ---------------------
 Backward leaves each rank the mean of its part of the gradients. ``step`` steps that part and lets the owners exchange
 what they have stepped, in ``shard`` mode; in ``node_shared`` mode each has written to the node's one copy. A rank
@@ -22,52 +22,70 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpoptim.checks.alike import parameter_names
-from dpoptim.checks.arguments import memory_error
+from dpoptim.checks.arguments import check_not_stepped_by_another, check_same_parameters, memory_error
+from dpoptim.checks.hyper_parameters import HyperParameters
 from dpoptim.comm.communicator import Communicator, Work
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.bucket import Bucket
+from dpoptim.gradients.reducer import Reducer
+from dpoptim.gradients.sharded_reducer import ShardedReducer
 from dpoptim.gradients.sharding import Sharding
+from dpoptim.modes.mode import Mode, Replicated, Wrapper
 from dpoptim.modes.node_shared import NodeShared
 from dpoptim.modes.step_numbers import agree_on_numbers
+from dpoptim.modes.whole_state import gather_form
 from dpoptim.step.classes import is_known
 from dpoptim.step.divisibility import are_switched, divisibility
 from dpoptim.step.inner_step import InnerStep, needs_closure
+from dpoptim.step.kept_attributes import aliases_kept
 from dpoptim.step.sharded_step import ShardedStep
 from dpoptim.step.units import Outputs, Part, State
-from dpoptim.utils.state_dict import Form, Slices, groups_of, is_slice, shard, to_named
+from dpoptim.utils.state_dict import Form, Slices, from_named, groups_of, is_slice, shard, to_named, unique_names
 
-__all__ = ["Divided", "divided"]
+__all__ = ["Sharded", "choose_mode"]
 
 logger = logging.getLogger(__name__)
 
 
-def divided(
+def choose_mode(
     optimizer: Optimizer,
     communicator: Communicator,
-    parameters: Sequence[Tensor],
     inner_step: InnerStep,
+    hyper_parameters: HyperParameters,
+    names: Callable[[], list[str]],
     *,
     shard: bool,
     node_shared: bool,
-) -> "Divided | None":
-    """Return what divides an optimizer as it was asked for, or None if it stays replicated; collective.
+) -> Mode:
+    """Return the mode that was asked for, or the replicated one where it can't be; collective.
 
     Warns where the optimizer can't be divided, and logs where a node has no memory to share.
+
+    Parameters
+    ----------
+    optimizer, communicator, inner_step, hyper_parameters
+        As of :class:`Sharded`.
+    names : callable
+        Returns what to call each parameter.
+    shard, node_shared : bool
+        What was asked for.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    replicated = Replicated(optimizer, inner_step, names)
     topology = communicator.topology
     if not (shard or (node_shared and topology.num_nodes < communicator.world_size)) or communicator.world_size == 1:
-        return None
+        return replicated
     name = type(optimizer).__name__
     by, why_not = _found_divisibility(optimizer, communicator)
     if by == "nothing":
         warnings.warn(f"{name} can't be divided among ranks, since it {why_not}: it stays replicated", stacklevel=3)
-        return None
+        return replicated
     mine = memory_error(parameters, parameter_names(optimizer.param_groups, None))
     errors = communicator.all_gather_object(None if mine is None else str(mine))
     if any(errors):
         why = next(error for error in errors if error)
         warnings.warn(f"{name} can't be divided among ranks, since {why}: it stays replicated", stacklevel=3)
-        return None
+        return replicated
     memory = None
     if node_shared:
         try:
@@ -81,7 +99,7 @@ def divided(
                 error,
                 communicator.rank,
             )
-    return Divided(optimizer, communicator, memory, inner_step, by_element=by == "element")
+    return Sharded(optimizer, communicator, memory, inner_step, hyper_parameters, names, by_element=by == "element")
 
 
 def _found_divisibility(optimizer: Optimizer, communicator: Communicator) -> tuple[str, str]:
@@ -114,8 +132,8 @@ class _Prepared:
         return is_same and defers == self.defers
 
 
-class Divided:
-    """The divided step of one optimizer, its memory and its state.
+class Sharded:
+    """The sharded step of one optimizer, its memory and its state.
 
     Parameters
     ----------
@@ -127,6 +145,10 @@ class Divided:
         Where parameters are to lie once a node.
     inner_step : InnerStep
         Makes the step of the optimizer.
+    hyper_parameters : HyperParameters
+        What all ranks set alike.
+    names : callable
+        Returns what to call each parameter.
     by_element : bool
         Whether parameters may be cut.
     """
@@ -137,10 +159,14 @@ class Divided:
         communicator: Communicator,
         memory: NodeShared | None,
         inner_step: InnerStep,
+        hyper_parameters: HyperParameters,
+        names: Callable[[], list[str]],
         *,
         by_element: bool,
     ) -> None:
         self._optimizer = optimizer
+        self._hyper_parameters = hyper_parameters
+        self._names = names
         self._communicator = communicator
         self._inner_step = inner_step
         self._is_known = is_known(type(optimizer))
@@ -159,16 +185,20 @@ class Divided:
         )
 
     @property
-    def mode(self) -> str:
+    def name(self) -> str:
         """``"sharded"`` or ``"node-shared"``."""
         return "sharded" if self._memory is None else "node-shared"
 
-    @property
-    def is_stepping(self) -> bool:
-        """Whether the optimizer is being stepped, on units."""
-        return self._optimizer.state is not self._step.outer_state
+    def make_reducer(self, *args: Any, **options: Any) -> Reducer:
+        """Return a reducer that gives each rank the mean of its own part."""
+        self._reducer = ShardedReducer(self.sharding, *args, **options)
+        return self._reducer
 
-    def check_still_divisible(self) -> None:
+    def new_parameters_error(self, parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
+        """Return an error if parameters share memory, so that two ranks would step it; local."""
+        return memory_error(parameters, names)
+
+    def check_new_group(self) -> None:
         """Raise ``ValueError`` on all ranks if a new group can't be divided as the others are; collective."""
         by, why_not = _found_divisibility(self._optimizer, self._communicator)
         name = type(self._optimizer).__name__
@@ -178,58 +208,68 @@ class Divided:
             message = f"with the new group {name} can be divided by whole parameter alone: wrap all groups at once"
             raise raised_on_all_ranks(ValueError(message))
 
-    def add(
-        self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int], names: Sequence[str]
-    ) -> None:
+    def add(self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
         """Take over the parameters of new buckets, equal on all ranks; collective.
 
         Parameters
         ----------
         buckets : sequence of Bucket
             Divided by :attr:`sharding`.
-        parameters, groups, names : sequence
-            All parameters, the number of each one's group, and its name, as the buckets number them.
+        parameters, groups : sequence
+            All parameters, and the number of each one's group, as the buckets number them.
         """
         homes: Sequence[Tensor | None] = [None] * len(buckets)
         if self._memory is not None:
-            homes = self._memory.add(buckets, parameters, names)
+            homes = self._memory.add(buckets, parameters, self._names())
         for bucket, home in zip(buckets, homes, strict=True):
             members = [parameters[index] for index in bucket.indices]
             self._step.add(bucket, members, groups[bucket.indices[0]], home)
 
     # ---------------------------------------------------------------- the step
 
+    def check_step(self, wrapper: Optimizer, taken_over: Sequence[Sequence[Tensor]]) -> None:
+        """Raise ``RuntimeError`` if parameters were moved or replaced, or another optimizer makes the step; local."""
+        check_same_parameters(wrapper.param_groups, taken_over, are_divided=True)
+        check_not_stepped_by_another(wrapper)
+
+    def check_inner_step(self, stepped: Optimizer) -> None:
+        """Raise ``RuntimeError`` unless it is being stepped on units; local."""
+        if not self._has_new_state:
+            raise RuntimeError(
+                f"the step of the wrapped {type(stepped).__name__} was called: each rank has a part of the "
+                "gradients and of the state alone, so call step() of the DataParallelOptimizer"
+            )
+
+    def check_step_arguments(self) -> None:
+        """Raise ``TypeError`` on all ranks: arguments can't be divided."""
+        message = f"with {self.name} parameters step() takes no arguments but a closure: they can't be divided"
+        raise raised_on_all_ranks(TypeError(message))
+
+    def step(self, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Step and exchange (Note [A sharded step]); collective. Returns what the closure returns."""
+        assert not args
+        assert not kwargs
+        loss = None if closure is None else closure()
+        self.take_over_state()
+        with self._hyper_parameters.held():
+            self._step_and_exchange()
+        return loss
+
     @torch.no_grad()
-    def step(
-        self,
-        buckets: Sequence[Bucket],
-        meet: Callable[[str], object],
-        checked_gradients: Callable[[], Sequence[Tensor | None]],
-    ) -> None:
-        """Step and exchange (Note [A divided step]); collective.
-
-        Parameters
-        ----------
-        buckets : sequence of Bucket
-            Those that are not asleep, the same on all ranks.
-        meet : callable
-            Meets all ranks for a purpose, and raises on all if one is there for another.
-        checked_gradients : callable
-            Returns the gradients of all parameters; raises if those of this rank can't be stepped.
-        """
-
+    def _step_and_exchange(self) -> None:
         def act() -> frozenset[int]:
-            gradients = checked_gradients()
+            gradients = self._reducer.checked_gradients()
             self._check_options()
             groups = self._step.step(self._inner_step, gradients)
             self._options = _options_of(self._optimizer)
             return groups
 
         # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
+        buckets = self._reducer.buckets  # that are not asleep, the same on all ranks
         by_hand = self._step.parts_with_gradient_but(buckets)
         names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
         purpose = f"a step with gradients set by hand, of parameters {names}" if by_hand else "a step"
-        self._act(act, purpose, [*buckets, *(part.bucket for part in by_hand)], meet)
+        self._act(act, purpose, [*buckets, *(part.bucket for part in by_hand)])
 
     def _check_options(self) -> None:
         """Raise ``ValueError`` if an option was switched since the last step and makes the class couple parameters."""
@@ -246,14 +286,12 @@ class Divided:
                 "before the optimizer is wrapped, which divides it accordingly"
             )
 
-    @torch.no_grad()
-    def call(
-        self, method: Callable[[], Any], name: str, buckets: Sequence[Bucket], meet: Callable[[str], object]
-    ) -> Any:
+    def call(self, method: Callable[[], Any], name: str) -> Any:
         """Call a method of the optimizer, which may read and write parameters and state; collective.
 
         It acts on what this rank owns; then parameters are exchanged. Returns what the method returns here.
         """
+        self.take_over_state()
         returned: list[Any] = []
 
         def act() -> frozenset[int]:
@@ -261,19 +299,14 @@ class Divided:
                 returned.append(self._step.call(method))
             return frozenset(range(len(self._optimizer.param_groups)))
 
-        self._act(act, f"{name}()", buckets, meet)
+        with self._hyper_parameters.held(), torch.no_grad():
+            self._act(act, f"{name}()", self._reducer.all_buckets)
         return returned[0]
 
-    def _act(
-        self,
-        act: Callable[[], frozenset[int]],
-        purpose: str,
-        buckets: Sequence[Bucket],
-        meet: Callable[[str], object],
-    ) -> None:
+    def _act(self, act: Callable[[], frozenset[int]], purpose: str, buckets: Sequence[Bucket]) -> None:
         """Let each rank act on what it owns, by which the groups are told that it has acted on; collective."""
         if self._memory is not None:
-            meet(purpose)
+            self._meet(purpose)
         failure, groups = None, frozenset[int]()
         parts: Sequence[Part] = []
         outputs: Sequence[Outputs] = []
@@ -288,12 +321,16 @@ class Divided:
         if self._memory is not None:
             self._check_all(failure)
         elif failure is not None:
-            meet(f"{purpose} that failed: {_described(failure)}")
+            self._meet(f"{purpose} that failed: {_described(failure)}")
             raise failure
         else:
-            self._exchange(parts, outputs, lambda: meet(purpose))
+            self._exchange(parts, outputs, lambda: self._meet(purpose))
         if not self._is_known:
             agree_on_numbers(self._optimizer, self._communicator, groups)
+
+    def _meet(self, purpose: str) -> None:
+        """Meet all ranks for a purpose; raise on all if one is there for another."""
+        self._reducer.meet(purpose, 1.0)
 
     def _exchange(self, parts: Sequence[Part], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
         """Gather the parameters of these parts; collective."""
@@ -329,6 +366,12 @@ class Divided:
 
     # ---------------------------------------------------------------- gradients
 
+    def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+        """Return the global norm of these gradients, in float64; collective."""
+        self._meet("clipping gradients")
+        self._reducer.canaries.remove()
+        return self.total_norm(norm_type, gradients)
+
     @torch.no_grad()
     def total_norm(self, norm_type: float, gradients: Sequence[Tensor] | None = None) -> Tensor:
         """Return the norm of all gradients, or of these of them, in float64; collective, the same on all ranks."""
@@ -343,8 +386,11 @@ class Divided:
         return total
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    def clip_grad_norm_(
+        self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
         """Scale the gradients so that their global norm is at most ``max_norm``; collective."""
+        self._meet("clipping gradients")
         total = self.total_norm(norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             message = f"the total norm of order {norm_type} of the gradients is {total}, so it can't be clipped"
@@ -373,49 +419,45 @@ class Divided:
         if self._memory is not None:
             self._memory.make_shared()
 
-    def release(self) -> None:
-        """Give every rank parameters of its own, and the optimizer an empty state; local."""
-        self._optimizer.state = defaultdict(dict)
-        if self._memory is not None:
-            self._memory.make_private()
-
     # ---------------------------------------------------------------- state
 
+    def check_has_whole_state(self) -> None:
+        """Raise ``RuntimeError``: a rank can't answer for the others."""
+        raise RuntimeError(
+            f"the optimizer state is divided among ranks ({self.name}): call full_state_dict() on all of them, or "
+            "save it with dpoptim.utils.checkpoint"
+        )
+
     @property
-    def has_new_state(self) -> bool:
+    def _has_new_state(self) -> bool:
         """Whether the optimizer was given another ``state`` than the one that stands for the divided one."""
         return self._optimizer.state is not self._step.outer_state
 
-    def take_over_state(self, names: Sequence[str]) -> None:
-        """Keep this rank's part of the whole state that the optimizer has; local.
-
-        Parameters
-        ----------
-        names : sequence of str
-            Of all parameters.
-        """
-        held = self._optimizer.state
-        if not self.has_new_state:
+    def take_over_state(self) -> None:
+        """Keep this rank's part of the whole state that the optimizer has, if that is new; local."""
+        if not self._has_new_state:
             return
+        held, names = self._optimizer.state, self._unique_names()
         param_groups = self._optimizer.param_groups
         parameters = [parameter for group in param_groups for parameter in group["params"]]
         state = {number: held[p] for number, p in enumerate(parameters) if p in held}
         others = {key: value for key, value in held.items() if not isinstance(key, Tensor)}
         groups = groups_of({"param_groups": param_groups}, param_groups)
         whole = to_named({"state": state, "param_groups": groups}, [p.shape for p in parameters], names)
-        self.load_form(shard({**whole, **({"unnamed": others} if others else {})}, self.slices(names)), names)
+        self._load_form(shard({**whole, **({"unnamed": others} if others else {})}, self.slices()))
 
-    def slices(self, names: Sequence[str]) -> Slices:
-        """Return which elements of each parameter this rank owns, under these names; local."""
+    def slices(self) -> Slices:
+        """Return which elements of each parameter this rank owns, by name; local."""
         owned = self._step.slices()
-        return {name: owned.get(index, (0, 0)) for index, name in enumerate(names)}
+        return {name: owned.get(index, (0, 0)) for index, name in enumerate(self._unique_names())}
 
-    def form(self, param_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> Form:
-        """Return this rank's part of the state under these names; local, shares memory with the optimizer."""
+    def form(self, whole: Callable[[], Mapping[str, Any]]) -> Form:
+        """Return this rank's part of the state by name; local, shares memory with the optimizer."""
+        param_groups, names = self._optimizer.param_groups, self._unique_names()
         shapes = _shapes(param_groups, names)
         form: Form = {
             "param_groups": _named_groups(param_groups, names),
-            "slices": self.slices(names),
+            "slices": self.slices(),
             "shapes": shapes,
             "state": {},
             **({"unnamed": dict(self._step.outer_state)} if self._step.outer_state else {}),
@@ -432,10 +474,50 @@ class Divided:
                     form.setdefault("whole", {}).setdefault(name, []).append(key)
         return form
 
-    def load_form(self, form: Form, names: Sequence[str]) -> None:
+    def load(self, wrapper: Optimizer, form: Form, load_attributes: Callable[[Mapping[str, Any]], object]) -> None:
+        """Load this rank's part of a state, copied; local."""
+        groups = groups_of(form, wrapper.param_groups)
+        with aliases_kept(self._optimizer):
+            Optimizer.load_state_dict(wrapper, {"state": {}, "param_groups": groups})
+        load_attributes(form.get("attributes", {}))
+        self._load_form(form)
+
+    def gather(self, wrapper: Any, *, rank0_only: bool) -> dict[str, Any] | None:
+        """Collect the whole state, one tensor at a time, as ``state_dict()`` of one process would give it; collective.
+
+        Hooks of ``state_dict`` run on the ranks that get it.
+        """
+        for pre_hook in list(wrapper._optimizer_state_dict_pre_hooks.values()):
+            pre_hook(wrapper)
+        form = gather_form(self._communicator, wrapper.local_state_dict(), self._devices(), rank0_only=rank0_only)
+        if form is None:
+            return None
+        state_dict = from_named(form)
+        for post_hook in list(wrapper._optimizer_state_dict_post_hooks.values()):
+            state_dict = post_hook(wrapper, state_dict) or state_dict
+        return state_dict
+
+    def give_up(self, wrapper: Wrapper) -> Form | None:
+        """Give every rank parameters of its own, and the whole state; collective. The optimizer's is empty then."""
+        self._meet("detaching the optimizer")
+        own = wrapper.local_state_dict()
+        form = gather_form(self._communicator, own, self._devices(), rank0_only=False, drops_torn=True)
+        self._optimizer.state = defaultdict(dict)
+        if self._memory is not None:
+            self._memory.make_private()
+        return form
+
+    def _unique_names(self) -> list[str]:
+        return unique_names(self._optimizer.param_groups, self._names())
+
+    def _devices(self) -> dict[str, torch.device]:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        return {name: p.device for name, p in zip(self._unique_names(), parameters, strict=True)}
+
+    def _load_form(self, form: Form) -> None:
         """Take over the state of a form with this rank's slices; local."""
         state: dict[int, State] = {}
-        for index, name in enumerate(names):
+        for index, name in enumerate(self._unique_names()):
             entry = form["state"].get(name)
             if entry:
                 state[index] = {

@@ -706,7 +706,7 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(world, mode, monkeypatch):
         def fail():
             raise FloatingPointError("no such number")
 
-        monkeypatch.setattr(opt._divided._step, "step", lambda *_: fail())
+        monkeypatch.setattr(opt._mode._step, "step", lambda *_: fail())
     with pytest.raises((RuntimeError, FloatingPointError), match="no such number"):
         train(opt, model, _part(world))
 
