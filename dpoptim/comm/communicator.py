@@ -12,7 +12,8 @@ from dpoptim.comm.errors import abort_on_uncaught_exception
 from dpoptim.comm.mpi import library
 from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum, has_sum
 from dpoptim.comm.node.lent_memory import LentMemory
-from dpoptim.comm.node.peer_memory import MAX_NOTED, PeerMemory
+from dpoptim.comm.node.peer_batch import MAX_NOTED
+from dpoptim.comm.node.peer_memory import PeerMemory
 from dpoptim.comm.node.shared_memory import SharedMemory
 from dpoptim.comm.node.small_sums import SmallSum
 from dpoptim.comm.router import DONE, Exchange, Work

@@ -5,6 +5,7 @@ import torch
 
 import dpoptim.comm.mpi.messages
 import dpoptim.comm.node.peer_memory
+import dpoptim.comm.node.process_memory
 import dpoptim.comm.router
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi.messages import Messages
@@ -31,7 +32,7 @@ SUMMED = [
 ]
 MOVED_ONLY = [torch.bool, torch.float8_e4m3fn]
 NUMELS = [0, 1, 7, 1000]
-LIBC = dpoptim.comm.node.peer_memory._libc
+LIBC = dpoptim.comm.node.process_memory._libc
 
 
 class TinyStagingArea(StagingArea):
@@ -72,14 +73,14 @@ WAYS = [
 def communicator(request, any_comm, monkeypatch):
     nodes, overlap, reading = request.param
     if not reading:
-        monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_read_memory", _refuse)
+        monkeypatch.setattr(dpoptim.comm.node.process_memory, "read_memory", _refuse)
     if nodes == "blocks":  # whose ranks share a core, and so wait asleep
         monkeypatch.setattr(dpoptim.comm.router, "available_cores", lambda: {0})
     if NODES[nodes] is not None:
         monkeypatch.setattr(dpoptim.comm.router, "_SHARED_MEMORY_BYTES", 0)
         monkeypatch.setattr(dpoptim.comm.router, "StagingArea", TinyStagingArea)
         monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_WINDOW_BYTES", 192)
-        monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_libc", ReadsALittle)
+        monkeypatch.setattr(dpoptim.comm.node.process_memory, "_libc", ReadsALittle)
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))
     if nodes != "messages":  # between nodes, in pieces of a few numbers
         monkeypatch.setattr(dpoptim.comm.mpi.messages, "_IN_PIECES_BYTES", 8)

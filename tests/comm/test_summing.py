@@ -5,6 +5,7 @@ import torch
 
 import dpoptim.comm.mpi.messages
 import dpoptim.comm.node.peer_memory
+import dpoptim.comm.node.process_memory
 import dpoptim.comm.router
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi.messages import Messages
@@ -71,7 +72,7 @@ def way(request, world, monkeypatch):
     for name, value in (("_IN_PIECES_BYTES", 1), ("_PIECE_BYTES", 1000), ("_SHARE_BYTES", 1)):
         monkeypatch.setattr(dpoptim.comm.mpi.messages, name, value)
     if request.param == "staging":
-        monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_read_memory", _refuse)
+        monkeypatch.setattr(dpoptim.comm.node.process_memory, "read_memory", _refuse)
     communicator = Communicator(world)
     if request.param == "polled messages in pieces":
         first, communicator = communicator, communicator.duplicate(overlap=True, polled=True)

@@ -23,111 +23,35 @@ all buckets of a step. The first and the last are left out where ranks are about
 """
 
 import ctypes
-import itertools
 import os
-import platform
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.node import process_memory
 from dpoptim.comm.node.huge_pages import HugePages
 from dpoptim.comm.node.lent_memory import LentMemory
+from dpoptim.comm.node.peer_batch import MAX_NOTED, Cut, Noted, Row, windows
+from dpoptim.comm.node.process_memory import SECRET_BYTES, Reading, error_of_reading
 from dpoptim.comm.node.shared_memory import Node, SharedMemory
 from dpoptim.comm.summing import SUMMED_IN_FLOAT32, accumulator
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
-__all__ = ["MAX_NOTED", "PeerMemory"]
+__all__ = ["PeerMemory"]
 
 # What is summed at once, of one tensor or several: so little that the sum and what was read stay in a cache, so much
 # that what a call of the kernel takes beside its bytes hardly counts.
 _WINDOW_BYTES = TUNING.window_bytes
 # Larger tensors are worth huge pages.
 _LARGE_BYTES = TUNING.huge_pages_bytes
-# The kernel takes at most 1024 spans a call.
-MAX_NOTED = 512
 _CLOSED = object()
-_SECRET_BYTES = 16
 
-# An address and a number of bytes.
-_Place = tuple[int, int]
 _Result = TypeVar("_Result")
-
-
-class _Span(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t))
-
-
-class _Row(ctypes.Structure):
-    """What a rank tells the others of a batch, in memory that they share."""
-
-    _fields_ = (
-        ("places", ctypes.c_int64 * MAX_NOTED),
-        ("scales", ctypes.c_double * MAX_NOTED),
-        ("failed", ctypes.c_int64),
-        ("_padding", ctypes.c_int64 * 7),
-    )
-
-
-@dataclass(eq=False)
-class _Noted:
-    """A collective of a batch: this rank's tensor, which part of it each rank owns, and where it lies on each."""
-
-    tensor: Tensor
-    starts: Sequence[int]
-    counts: Sequence[int]
-    output: Tensor | None  # where this rank's sum goes, if there is one
-    scale: float
-    gathers: bool
-    is_kept: bool = False  # to be noted again
-    divisor: float = 1.0
-    places: Sequence[int] = ()
-    scales: Sequence[float] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A piece of a tensor that is summed: this rank's values, where the sum goes, and where it lies on each rank."""
-
-    own: Tensor
-    target: Tensor
-    places: Sequence[int]
-    offset_bytes: int
-
-    def source(self, rank: int) -> _Place:
-        return self.places[rank] + self.offset_bytes, self.own.nbytes
-
-
-class _Reading:
-    """What this rank gathers from another: bytes to read there, or to copy from what it lends."""
-
-    def __init__(self) -> None:
-        self._sources: list[_Place] = []
-        self._targets: list[_Place] = []
-        self._lent_sources: list[Tensor] = []
-        self._lent_targets: list[Tensor] = []
-        self._spans: tuple[ctypes.Array[_Span], ctypes.Array[_Span]] | None = None
-
-    def add(self, source: _Place, target: _Place) -> None:
-        self._sources.append(source)
-        self._targets.append(target)
-
-    def add_lent(self, source: Tensor, target: Tensor) -> None:
-        self._lent_sources.append(source)
-        self._lent_targets.append(target)
-
-    def do(self, pid: int) -> None:
-        """Read; raises OSError."""
-        if self._lent_sources:
-            torch._foreach_copy_(self._lent_targets, self._lent_sources)
-        if self._spans is None:
-            self._spans = _spans(self._sources), _spans(self._targets)
-        _read_memory(pid, self._sources, self._targets, self._spans)
 
 
 class PeerMemory:
@@ -152,20 +76,20 @@ class PeerMemory:
 
     def __init__(self, node: Node, meet: Callable[[], None]) -> None:
         self._node, self._rank, self._size, self._meet = node, node.rank, node.world_size, meet
-        secret = torch.frombuffer(bytearray(secrets.token_bytes(_SECRET_BYTES)), dtype=torch.uint8)
+        secret = torch.frombuffer(bytearray(secrets.token_bytes(SECRET_BYTES)), dtype=torch.uint8)
         places = node.all_gather_object((os.getpid(), secret.data_ptr(), bytes(secret.tolist())))
-        error = _error_of_reading(places)
+        error = error_of_reading(places)
         # Also keeps every secret in its place until all have read it.
         errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
         reason = next((text for text in errors if text is not None), None)
         if reason is not None:
             raise OSError(reason)
         self._pids = [pid for pid, _, _ in places]
-        num_bytes = ctypes.sizeof(_Row)
+        num_bytes = ctypes.sizeof(Row)
         self._memory = SharedMemory(node, num_bytes * self._size).tensor(torch.uint8, [num_bytes * self._size])
         start = self._memory.data_ptr()
-        self._rows = [_Row.from_address(start + num_bytes * rank) for rank in range(self._size)]
-        self._noted: list[_Noted] = []
+        self._rows = [Row.from_address(start + num_bytes * rank) for rank in range(self._size)]
+        self._noted: list[Noted] = []
         self._is_announced = False
         self._leaves_open = False
         self._error: object = _CLOSED  # what went wrong in a batch that is done and not ended, or None
@@ -173,7 +97,7 @@ class PeerMemory:
         self._huge_pages = HugePages()
         self._lent: LentMemory | None = None
         # What was gathered last of what is noted again and again, where that was, and how.
-        self._gathered: tuple[list[tuple[_Noted, Sequence[int]]], Sequence[_Reading]] = [], []
+        self._gathered: tuple[list[tuple[Noted, Sequence[int]]], Sequence[Reading]] = [], []
 
     # ---------------------------------------------------------------- what to do
 
@@ -182,7 +106,7 @@ class PeerMemory:
         counts = even_counts(len(tensor), self._size)
         starts = start_offsets(counts)
         own = tensor[starts[self._rank] : starts[self._rank] + counts[self._rank]]
-        self._note(_Noted(tensor, starts, counts, own, scale, gathers=True))
+        self._note(Noted(tensor, starts, counts, own, scale, gathers=True))
 
     def reduce_scatter(
         self, output: Tensor, tensor: Tensor, starts: Sequence[int], counts: Sequence[int], scale: float = 1.0
@@ -200,16 +124,16 @@ class PeerMemory:
         scale : float
             Of this rank's values.
         """
-        self._note(_Noted(tensor, starts, counts, output, scale, gathers=False))
+        self._note(Noted(tensor, starts, counts, output, scale, gathers=False))
 
     def all_gather(self, tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Note: collect every rank's part of the tensor, where its own already has the values. Any dtype."""
-        self._note(_Noted(tensor, starts, counts, None, 1.0, gathers=True))
+        self._note(Noted(tensor, starts, counts, None, 1.0, gathers=True))
 
     def prepare_all_gathers(self, tensors: Sequence[tuple[Tensor, Sequence[int]]]) -> Callable[[], None]:
         """Return what notes :meth:`all_gather` of tensors divided by these counts, again and again; local."""
         prepared = [
-            _Noted(tensor, start_offsets(counts), counts, None, 1.0, gathers=True, is_kept=True)
+            Noted(tensor, start_offsets(counts), counts, None, 1.0, gathers=True, is_kept=True)
             for tensor, counts in tensors
         ]
 
@@ -219,7 +143,7 @@ class PeerMemory:
 
         return note
 
-    def _note(self, noted: _Noted) -> None:
+    def _note(self, noted: Noted) -> None:
         if not any(noted.counts):
             return
         self._noted.append(noted)
@@ -301,7 +225,7 @@ class PeerMemory:
         self._close()
         return result
 
-    def _do(self, batch: Sequence[_Noted]) -> None:
+    def _do(self, batch: Sequence[Noted]) -> None:
         summed = [noted for noted in batch if noted.output is not None]
         gathered = [noted for noted in batch if noted.gathers]
         self._learn_places(batch)
@@ -324,7 +248,7 @@ class PeerMemory:
             text = f"rank {failed} of the node could not read another's memory" + (f": {error}" if error else "")
             raise raised_on_all_ranks(RuntimeError(text))
 
-    def _attempt(self, do: Callable[[Sequence[_Noted]], None], batch: Sequence[_Noted]) -> OSError | None:
+    def _attempt(self, do: Callable[[Sequence[Noted]], None], batch: Sequence[Noted]) -> OSError | None:
         try:
             do(batch)
         except OSError as error:
@@ -346,7 +270,7 @@ class PeerMemory:
         own.places[:number] = [noted.tensor.data_ptr() for noted in self._noted]
         own.scales[:number] = [noted.scale for noted in self._noted]
 
-    def _learn_places(self, batch: Sequence[_Noted]) -> None:
+    def _learn_places(self, batch: Sequence[Noted]) -> None:
         """Read where the tensors of all ranks are."""
         number = len(batch)
         all_places = zip(*[row.places[:number] for row in self._rows], strict=True)
@@ -354,17 +278,17 @@ class PeerMemory:
         for noted, places, scales in zip(batch, all_places, all_scales, strict=True):
             noted.places, noted.scales = places, [scale / noted.divisor for scale in scales]
 
-    def _sum(self, batch: Sequence[_Noted]) -> None:
+    def _sum(self, batch: Sequence[Noted]) -> None:
         """Sum this rank's parts over all ranks, window by window (Note [Order of sums] in summing.py)."""
-        alike: dict[tuple[torch.dtype, tuple[float, ...]], list[_Noted]] = {}
+        alike: dict[tuple[torch.dtype, tuple[float, ...]], list[Noted]] = {}
         for noted in batch:
             alike.setdefault((noted.tensor.dtype, tuple(noted.scales)), []).append(noted)
         for (dtype, scales), members in alike.items():
             others = [noted for noted in members if not self._sum_lent(noted, dtype, scales)]
-            for window in _windows(others, self._rank, _WINDOW_BYTES // dtype.itemsize):
+            for window in windows(others, self._rank, _WINDOW_BYTES // dtype.itemsize):
                 self._sum_window(window, dtype, scales)
 
-    def _sum_lent(self, noted: _Noted, dtype: torch.dtype, scales: Sequence[float]) -> bool:
+    def _sum_lent(self, noted: Noted, dtype: torch.dtype, scales: Sequence[float]) -> bool:
         """Sum this rank's part of a tensor where all ranks lent it, in its place; return False if they did not."""
         assert noted.output is not None
         if self._lent is None or not dtype.is_floating_point or dtype in SUMMED_IN_FLOAT32 or len(set(scales)) > 1:
@@ -374,7 +298,7 @@ class PeerMemory:
             return False
         return self._lent.sum_part(tuple(noted.places), dtype, start, numel, scales[0])
 
-    def _sum_window(self, window: "Sequence[_Cut]", dtype: torch.dtype, scales: Sequence[float]) -> None:
+    def _sum_window(self, window: "Sequence[Cut]", dtype: torch.dtype, scales: Sequence[float]) -> None:
         """Sum what one window holds, of all ranks; the targets, which may be the ranks' own, are written last."""
         # A factor that all have in common is one pass over the sum rather than over what is summed.
         common = scales[0] if len(set(scales)) == 1 else None
@@ -388,7 +312,7 @@ class PeerMemory:
             values = further if place else first
             if rank != self._rank:
                 sources = [cut.source(rank) for cut in window]
-                _read_memory(self._pids[rank], sources, [(values.data_ptr(), values.nbytes)])
+                process_memory.read_memory(self._pids[rank], sources, [(values.data_ptr(), values.nbytes)])
             elif scales[rank] == 1.0:
                 torch._foreach_add_(total.split(numels), [cut.own for cut in window])
                 continue
@@ -407,7 +331,7 @@ class PeerMemory:
         for target, part in zip(targets, sums, strict=True):
             torch.mul(part, common, out=target)
 
-    def _gather(self, batch: Sequence[_Noted]) -> None:
+    def _gather(self, batch: Sequence[Noted]) -> None:
         if not batch:
             return
         readings = self._kept_readings(batch) if all(noted.is_kept for noted in batch) else self._readings(batch)
@@ -415,19 +339,19 @@ class PeerMemory:
             owner = (self._rank + step) % self._size
             readings[owner].do(self._pids[owner])
 
-    def _kept_readings(self, batch: Sequence[_Noted]) -> Sequence[_Reading]:
+    def _kept_readings(self, batch: Sequence[Noted]) -> Sequence[Reading]:
         """Return what is gathered from each rank, as the last time if everything is where it was."""
         batch_and_places = [(noted, noted.places) for noted in batch]
         if batch_and_places != self._gathered[0]:
             self._gathered = batch_and_places, self._readings(batch)
         return self._gathered[1]
 
-    def _readings(self, batch: Sequence[_Noted]) -> Sequence[_Reading]:
+    def _readings(self, batch: Sequence[Noted]) -> Sequence[Reading]:
         return [self._reading_from(owner, batch) for owner in range(self._size)]
 
-    def _reading_from(self, owner: int, batch: Sequence[_Noted]) -> _Reading:
+    def _reading_from(self, owner: int, batch: Sequence[Noted]) -> Reading:
         """Find out where an owner's parts lie there, and where they belong here."""
-        reading = _Reading()
+        reading = Reading()
         for noted in batch:
             itemsize = noted.tensor.element_size()
             start_bytes, num_bytes = noted.starts[owner] * itemsize, noted.counts[owner] * itemsize
@@ -443,90 +367,3 @@ class PeerMemory:
             else:
                 reading.add_lent(lent_source, lent_target)
         return reading
-
-
-def _error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
-    """Try to read what every rank has there, and return why not."""
-    if platform.system() != "Linux":
-        return "this is not Linux"
-    if torch.get_num_threads() > 1:
-        return "it has several threads, and reading has one"
-    found = torch.zeros(_SECRET_BYTES, dtype=torch.uint8, device="cpu")
-    try:
-        for pid, address, expected in places:
-            _read_memory(pid, [(address, _SECRET_BYTES)], [(found.data_ptr(), _SECRET_BYTES)])
-            if bytes(found.tolist()) != expected:
-                return "process numbers mean others, in a namespace of processes"
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def _windows(batch: Sequence[_Noted], rank: int, numel: int) -> Iterator[list[_Cut]]:
-    """Cut this rank's parts of tensors of one dtype into windows of so many elements; only the last may have less."""
-    window: list[_Cut] = []
-    room = numel
-    for noted in batch:
-        assert noted.output is not None
-        start, count, done = noted.starts[rank], noted.counts[rank], 0
-        while done < count:
-            size = min(room, count - done)
-            own, target = noted.tensor.narrow(0, start + done, size), noted.output.narrow(0, done, size)
-            window.append(_Cut(own, target, noted.places, (start + done) * own.itemsize))
-            done += size
-            room -= size
-            if not room:
-                yield window
-                window, room = [], numel
-    if window:
-        yield window
-
-
-def _read_memory(
-    pid: int,
-    sources: Sequence[_Place],
-    targets: Sequence[_Place],
-    spans: "tuple[ctypes.Array[_Span], ctypes.Array[_Span]] | None" = None,
-) -> None:
-    """Copy these places of another process, one after another, to those of this one; raises OSError.
-
-    ``spans`` are those of sources and targets, if they were made before.
-    """
-    num_bytes = sum(size for _, size in sources)
-    while num_bytes:
-        there, here = spans or (_spans(sources), _spans(targets))
-        count = _libc.process_vm_readv(pid, here, len(here), there, len(there), 0)
-        if count <= 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"process_vm_readv of process {pid}: {os.strerror(number)}")
-        num_bytes -= count
-        if num_bytes:  # a call may stop early
-            sources, targets, spans = _rest(sources, count), _rest(targets, count), None
-
-
-def _spans(places: Sequence[_Place]) -> "ctypes.Array[_Span]":
-    return (_Span * len(places))(*itertools.starmap(_Span, places))
-
-
-def _rest(places: Sequence[_Place], count: int) -> list[_Place]:
-    """Return what is left of these places after so many bytes."""
-    rest = []
-    for address, num_bytes in places:
-        done = min(count, num_bytes)
-        count -= done
-        if done < num_bytes:
-            rest.append((address + done, num_bytes - done))
-    return rest
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-if hasattr(_libc, "process_vm_readv"):
-    _libc.process_vm_readv.restype = ctypes.c_ssize_t
-    _libc.process_vm_readv.argtypes = (
-        ctypes.c_int,
-        ctypes.POINTER(_Span),
-        ctypes.c_ulong,
-        ctypes.POINTER(_Span),
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    )

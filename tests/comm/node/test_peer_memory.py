@@ -1,15 +1,14 @@
 """PeerMemory: sums and gathered parts, in batches, by reading other ranks' memory; and what happens where one can't."""
 
 import logging
-import os
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import dpoptim.comm.node.peer_memory
 from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.node import peer_memory, process_memory
 from dpoptim.comm.node.peer_memory import PeerMemory
 from dpoptim.partition import even_counts, start_offsets
 
@@ -67,7 +66,7 @@ def test_a_factor_that_all_have_is_that_of_the_sum(node):
 
 
 def test_windows_hold_parts_of_several_tensors(node, monkeypatch):
-    monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_WINDOW_BYTES", 960)
+    monkeypatch.setattr(peer_memory, "_WINDOW_BYTES", 960)
     rank, size = node.rank, node.world_size
     peers = PeerMemory(node, node.barrier)
     kinds = [(torch.float32, 0.5), (torch.bfloat16, 0.5), (torch.float32, 0.5), (torch.float64, 2.0 + rank)]
@@ -92,7 +91,7 @@ def test_windows_hold_parts_of_several_tensors(node, monkeypatch):
 
 
 def test_more_than_a_batch_holds(node, monkeypatch):
-    monkeypatch.setattr(dpoptim.comm.node.peer_memory, "MAX_NOTED", 3)
+    monkeypatch.setattr(peer_memory, "MAX_NOTED", 3)
     peers = PeerMemory(node, node.barrier)
     tensors = [_own(node.rank, number) for number in range(7)]
     for tensor in tensors:
@@ -128,8 +127,8 @@ def _fail(*_):
     [
         ("platform", SimpleNamespace(system=lambda: "Plan 9"), "this is not Linux"),
         ("torch", 2, "it has several threads"),
-        ("os", SimpleNamespace(getpid=lambda: 1, strerror=os.strerror), "in a namespace of processes|of process 1: "),
-        ("_read_memory", _fail, "gone"),
+        ("os", SimpleNamespace(getpid=lambda: 1), "in a namespace of processes|of process 1: "),
+        ("read_memory", _fail, "gone"),
     ],
 )
 def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch, caplog, name, value, reason):
@@ -138,7 +137,7 @@ def test_where_one_rank_may_not_read_all_use_the_staging_area(world, monkeypatch
     if world.rank == 0 and name == "torch":
         torch.set_num_threads(value)
     elif world.rank == 0:
-        monkeypatch.setattr(dpoptim.comm.node.peer_memory, name, value)
+        monkeypatch.setattr(peer_memory if name == "os" else process_memory, name, value)
     communicator = Communicator(world)
     tensor = _own(world.rank, 0, 200_000)
     with caplog.at_level(logging.INFO):
@@ -175,7 +174,7 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
     peers.all_reduce(tensors[2], node.rank + 1.0)
     peers.wait()
     if node.rank == 0:
-        monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_read_memory", _fail)
+        monkeypatch.setattr(process_memory, "read_memory", _fail)
 
     def fail():
         peers.all_reduce(torch.ones(1000))
