@@ -1,7 +1,7 @@
 """Communication hooks: how a full bucket becomes its sum over ranks.
 
 A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts the
-sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.comm.communicator.Work` that ends it.
+sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.comm.work.Work` that ends it.
 The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
 get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. One that has a true
 attribute ``defers`` as well does nothing but start a sum of the communicator's with this scale; it may be called before
@@ -15,7 +15,8 @@ only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func
 import torch
 from torch import Tensor
 
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.work import Work
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.comm_hook import CommHook
 

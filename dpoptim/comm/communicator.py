@@ -1,7 +1,7 @@
 """Communicator: collectives on torch tensors of any dtype, size and device, beside the computation if asked for."""
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -10,30 +10,20 @@ from torch import Tensor
 from dpoptim.comm.device_memory import host_memory, on_same_stream
 from dpoptim.comm.errors import abort_on_uncaught_exception
 from dpoptim.comm.mpi import library
-from dpoptim.comm.mpi.messages import Messages, Pending, PendingSum, has_sum
+from dpoptim.comm.mpi.messages import Messages, has_sum
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.peer_batch import MAX_NOTED
 from dpoptim.comm.node.peer_memory import PeerMemory
 from dpoptim.comm.node.shared_memory import SharedMemory
-from dpoptim.comm.node.small_sums import SmallSum
-from dpoptim.comm.router import DONE, Exchange, Work
+from dpoptim.comm.router import Router
 from dpoptim.comm.summing import is_summed_here
 from dpoptim.comm.topology import Topology
+from dpoptim.comm.work import DONE, Pending, Submitted, Work
 from dpoptim.partition import even_counts, start_offsets
 
 __all__ = ["Communicator", "Work"]
 
 _Result = TypeVar("_Result")
-
-
-class _Submitted:
-    """A collective that runs on the communicator's own thread."""
-
-    def __init__(self, future: "Future[None]") -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        self._future.result()
 
 
 class Communicator:
@@ -77,7 +67,7 @@ class Communicator:
                 "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
                 "use overlap=False"
             )
-        self._exchange = Exchange(own_messages, patient=patient and overlap, polled=polled and overlap)
+        self._router = Router(own_messages, patient=patient and overlap, polled=polled and overlap)
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
         if self.world_size > 1:
             abort_on_uncaught_exception(library.abort)
@@ -95,7 +85,7 @@ class Communicator:
     @property
     def topology(self) -> Topology:
         """Which ranks share a node."""
-        return self._exchange.topology
+        return self._router.topology
 
     @property
     def overlap(self) -> bool:
@@ -105,14 +95,14 @@ class Communicator:
     @property
     def is_polled(self) -> bool:
         """Whether they go on as far as the caller calls :meth:`poll`, rather than by a thread."""
-        return self._exchange.is_polled
+        return self._router.is_polled
 
     def poll(self) -> None:
         """Go on with what was started with ``async_op=True``; local, does not block.
 
         To be called often while they are under way; more often than every 0.1 ms costs little and does nothing.
         """
-        self._exchange.poll()
+        self._router.poll()
 
     @property
     def scales_for_free(self) -> bool:
@@ -120,7 +110,7 @@ class Communicator:
 
         By messages it is a pass over the tensor, which the caller had better make itself: the thread sends meanwhile.
         """
-        return self._exchange.sums_in_node
+        return self._router.sums_in_node
 
     # ---------------------------------------------------------------- collectives on tensors
 
@@ -145,7 +135,7 @@ class Communicator:
         """
         flat = _flat(tensor)
         _check_summable(flat.dtype)
-        return self._run(self._exchange.all_reduce, (flat,), scale, async_op=async_op)
+        return self._run(self._router.all_reduce, (flat,), scale, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -172,7 +162,7 @@ class Communicator:
         flat = _flat(tensor)
         _check_summable(flat.dtype)
         counts = self._checked_counts(output, tensor, counts)
-        return self._run(self._exchange.reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
+        return self._run(self._router.reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
 
     def all_gather(
         self,
@@ -199,7 +189,7 @@ class Communicator:
             own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
             if own.data_ptr() != tensor.data_ptr():
                 own.copy_(_flat(tensor))
-        return self._run(self._exchange.all_gather, (flat,), counts, async_op=async_op)
+        return self._run(self._router.all_gather, (flat,), counts, async_op=async_op)
 
     def prepare_all_gathers(self, outputs: Sequence[tuple[Tensor, Sequence[int]]]) -> "Callable[[], Sequence[Work]]":
         """Return what starts :meth:`all_gather` of each of these outputs; local, calling it is collective.
@@ -215,7 +205,7 @@ class Communicator:
         flat = [(_flat(output), self._checked_counts(None, output, counts)) for output, counts in outputs]
         peers = self._deferring()
         if peers is None or not all(tensor.device.type == "cpu" for tensor, _ in flat):
-            return lambda: [self._run(self._exchange.all_gather, (t,), counts, async_op=True) for t, counts in flat]
+            return lambda: [self._run(self._router.all_gather, (t,), counts, async_op=True) for t, counts in flat]
         note = peers.prepare_all_gathers(flat)
 
         def start() -> list[Work]:
@@ -228,15 +218,15 @@ class Communicator:
         """Copy rank ``root``'s ``tensor`` to all ranks, in place; collective. Any dtype."""
         if not 0 <= root < self.world_size:
             raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}, got {root}")
-        return self._run(self._exchange.broadcast, (_flat(tensor),), root, async_op=async_op)
+        return self._run(self._router.broadcast, (_flat(tensor),), root, async_op=async_op)
 
-    def start_sum(self, numbers: Sequence[float]) -> "PendingSum | SmallSum":
+    def start_sum(self, numbers: Sequence[float]) -> Pending[list[float]]:
         """Start the sums of a few numbers over all ranks, in float64; collective, does not block.
 
         This object's thread has no part in it. It goes on only while this rank calls ``test`` of what is returned, or
         ``wait``, which returns the sums; one ends before the next starts.
         """
-        return self._exchange.start_sum(numbers)
+        return self._router.start_sum(numbers)
 
     def defers(self, count: int, dtypes: Iterable[torch.dtype]) -> bool:
         """Whether that many sums of CPU tensors with ``async_op=True`` do nothing before the first is waited for.
@@ -263,7 +253,7 @@ class Communicator:
         peers.divide(divisor)
 
     def _deferring(self) -> PeerMemory | None:
-        return self._exchange.deferring() if self._thread is None else None
+        return self._router.deferring() if self._thread is None else None
 
     def finish(self, works: Iterable[Work], numbers: Callable[[], Sequence[float]]) -> list[float]:
         """Wait for works, then sum a few numbers over all ranks, in float64; collective, blocks.
@@ -286,7 +276,7 @@ class Communicator:
         peers = self._deferring()
         return wait_and_sum() if peers is None else peers.end_by(wait_and_sum)
 
-    def start_all_reduce(self, tensor: Tensor) -> Pending:
+    def start_all_reduce(self, tensor: Tensor) -> Pending[None]:
         """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
 
         MPI does it itself, without this object's thread, and may go on only while some MPI call of this rank runs. It
@@ -324,11 +314,11 @@ class Communicator:
         """
         flat = _flat(tensor)
         counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
-        return self._run(self._exchange.reduce_scatter_in_node, (_flat(output), flat), counts, scale, async_op=async_op)
+        return self._run(self._router.reduce_scatter_in_node, (_flat(output), flat), counts, scale, async_op=async_op)
 
     def node_barrier(self) -> None:
         """Wait until all ranks of this node are here; collective in the node."""
-        self._exchange.node_barrier()
+        self._router.node_barrier()
 
     def share_in_node(self, num_bytes: int) -> SharedMemory:
         """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.
@@ -338,11 +328,11 @@ class Communicator:
         OSError
             On every rank, if a node has none.
         """
-        return self._exchange.share_in_node(num_bytes)
+        return self._router.share_in_node(num_bytes)
 
     def lends(self) -> bool:
         """Whether tensors are summed faster in memory of :meth:`lend`; collective at first."""
-        return self._thread is None and self._exchange.lends()
+        return self._thread is None and self._router.lends()
 
     def lend(self, num_bytes: int) -> LentMemory | None:
         """Return memory that all ranks map, if there is any, instead of what was lent before; collective, blocks.
@@ -350,15 +340,15 @@ class Communicator:
         Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes nothing is lent
         any more; local then, between the same collectives of all ranks. No collective is under way.
         """
-        return self._exchange.lend(num_bytes)
+        return self._router.lend(num_bytes)
 
     def node_memory(self) -> str:
         """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""
-        return self._exchange.node_memory()
+        return self._router.node_memory()
 
     def peer_memory(self) -> str:
         """Say whether ranks of this node read each other's memory, and if not, why; collective at first."""
-        return self._exchange.peer_memory()
+        return self._router.peer_memory()
 
     # ---------------------------------------------------------------- small Python objects
 
@@ -424,7 +414,7 @@ class Communicator:
         """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
         if self._thread is not None:
             self._thread.shutdown()
-        self._exchange.free()
+        self._router.free()
 
     # ---------------------------------------------------------------- how
 
@@ -432,12 +422,12 @@ class Communicator:
         """Run a collective of these tensors: here, on the thread, or with others as far as it can wait."""
         if self._thread is not None and async_op:
             on_stream = on_same_stream(self._run_on_host, tensors[0].device)
-            return _Submitted(self._thread.submit(lambda: on_stream(collective, tensors, *args).wait()))
-        self._exchange.may_wait = async_op
+            return Submitted(self._thread.submit(lambda: on_stream(collective, tensors, *args).wait()))
+        self._router.may_wait = async_op
         try:
             work = self._run_on_host(collective, tensors, *args)
         finally:
-            self._exchange.may_wait = False
+            self._router.may_wait = False
         if async_op:
             return work
         work.wait()

@@ -1,4 +1,4 @@
-"""Exchange: collectives of flat host tensors, each by the fastest way there is.
+"""Router: collectives of flat host tensors, each by the fastest way there is.
 
 Note [Ways]
 -----------
@@ -14,27 +14,27 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dpoptim.comm.errors import raised_on_all_ranks
-from dpoptim.comm.mpi.messages import Messages, PendingSum
+from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.mpi.polled import PolledMessages
 from dpoptim.comm.node.lent_memory import LentMemory
 from dpoptim.comm.node.peer_memory import PeerMemory
 from dpoptim.comm.node.shared_memory import SharedMemory, meeting
 from dpoptim.comm.node.sleeping_barrier import SleepingBarrier
-from dpoptim.comm.node.small_sums import SmallSum, SmallSums
+from dpoptim.comm.node.small_sums import SmallSums
 from dpoptim.comm.node.staging import ASLEEP_BYTES, AWAKE_BYTES, StagingArea
 from dpoptim.comm.normal_tensors import normal_tensors
 from dpoptim.comm.summing import is_summed_here
 from dpoptim.comm.topology import Topology, available_cores
+from dpoptim.comm.work import DONE, Pending, Work
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
-__all__ = ["DONE", "Exchange", "Work"]
+__all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,25 +45,7 @@ _SHARED_MEMORY_BYTES = TUNING.shared_memory_bytes
 _PATIENCE_BYTES = TUNING.patience_bytes
 
 
-class Work(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> None:
-        """Block until the result is there; errors of the collective are raised here.
-
-        Collective: all ranks wait for their works in the order in which they started them.
-        """
-
-
-class _Done:
-    def wait(self) -> None:
-        pass
-
-
-DONE = _Done()
-
-
-class Exchange:
+class Router:
     """The ways between the ranks of some messages (Note [Ways]); construction is collective.
 
     Every method but :meth:`deferring` and :meth:`poll` is collective. Tensors are flat, contiguous and not complex;
@@ -206,7 +188,7 @@ class Exchange:
             self._messages.broadcast(tensor, root)
         return DONE
 
-    def start_sum(self, numbers: Sequence[float]) -> PendingSum | SmallSum:
+    def start_sum(self, numbers: Sequence[float]) -> Pending[list[float]]:
         """Start the sums of a few numbers, in float64; does not block, and one ends before the next starts."""
         if self._small_sums is not None and len(numbers) <= self._small_sums.max_numbers:
             return self._small_sums.start(numbers)

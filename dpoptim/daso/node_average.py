@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.work import Work
 from dpoptim.comm_hooks import CommHook
 from dpoptim.daso.state_average import reals
 from dpoptim.gradients.bucket import Bucket

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.checks.alike import qualified_name
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import RollCall
+from dpoptim.comm.work import Work
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.daso.arguments import argument_error, check_settings, nodes_of
 from dpoptim.daso.node_average import NodeAverage

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.work import Work
 from dpoptim.gradients.bucket import Bucket
 
 __all__ = ["CommHook"]

@@ -41,9 +41,10 @@ from torch import Tensor
 from torch._C import _current_autograd_node, _current_graph_task_id
 from torch.autograd import Variable
 
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import Alike, DifferentPlacesError, RollCall
+from dpoptim.comm.work import Work
 from dpoptim.gradients.backward_passes import BackwardPasses, common
 from dpoptim.gradients.bucket import Bucket, gradient_dtype
 from dpoptim.gradients.comm_hook import CommHook

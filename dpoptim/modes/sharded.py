@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from dpoptim.checks.alike import parameter_names
 from dpoptim.checks.arguments import check_not_stepped_by_another, check_same_parameters, memory_error
 from dpoptim.checks.hyper_parameters import HyperParameters
-from dpoptim.comm.communicator import Communicator, Work
+from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.work import Work
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
 from dpoptim.gradients.sharded_reducer import ShardedReducer

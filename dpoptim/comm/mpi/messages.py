@@ -43,8 +43,8 @@ from dpoptim.tuning import TUNING
 __all__ = [
     "NUM_IN_FLIGHT",
     "Messages",
-    "Pending",
     "PendingSum",
+    "Request",
     "has_sum",
 ]
 
@@ -69,7 +69,7 @@ _SHORTEST_NAP_S = TUNING.shortest_nap_s
 _LONGEST_NAP_S = TUNING.longest_nap_s
 
 
-class Pending:
+class Request:
     """A collective that MPI itself carries on."""
 
     def __init__(self, request: Any, *, patient: bool) -> None:
@@ -94,7 +94,7 @@ class Pending:
 class PendingSum:
     """A sum of numbers that MPI itself carries on."""
 
-    def __init__(self, pending: Pending, numbers: Tensor) -> None:
+    def __init__(self, pending: Request, numbers: Tensor) -> None:
         self._pending, self._numbers = pending, numbers
 
     def wait(self) -> list[float]:
@@ -192,10 +192,10 @@ class Messages:
         tensor = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return PendingSum(self.start_all_reduce(tensor), tensor)
 
-    def start_all_reduce(self, tensor: Tensor) -> "Pending":
+    def start_all_reduce(self, tensor: Tensor) -> "Request":
         """Start to sum over all ranks, in place, by MPI itself; does not block."""
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, self._spec(tensor), op=self._mpi.SUM)
-        return Pending(request, patient=tensor.nbytes <= self.patience_bytes)
+        return Request(request, patient=tensor.nbytes <= self.patience_bytes)
 
     def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float = 1.0) -> None:
         """Sum ``scale * source`` over all ranks; ``output``, perhaps a part of it, receives this rank's part."""
@@ -249,7 +249,7 @@ class Messages:
         """Return how many elements of this tensor are a piece."""
         return max(1, self.piece_bytes // tensor.element_size())
 
-    def all_reduce_piece(self, piece: Tensor, gathering: "Messages") -> Iterator[Pending]:
+    def all_reduce_piece(self, piece: Tensor, gathering: "Messages") -> Iterator[Request]:
         """Sum a piece over all ranks, in place, and gather the sums by other messages of the same ranks, or these."""
         counts = even_counts(piece.numel(), self.world_size)
         starts = start_offsets(counts)
@@ -259,7 +259,7 @@ class Messages:
 
     def reduce_scatter_pieces(
         self, output: Tensor, source: Tensor, counts: Sequence[int]
-    ) -> Iterator[Iterator[Pending]]:
+    ) -> Iterator[Iterator[Request]]:
         """Sum a share of every rank's part, again and again."""
         starts = start_offsets(counts)
         for firsts, sizes in self._shares(source, counts):
@@ -267,7 +267,7 @@ class Messages:
             own = output.narrow(0, firsts[self.rank], sizes[self.rank])
             yield self._reduce_scatter_piece(own, source, places, sizes)
 
-    def all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Pending]]:
+    def all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Request]]:
         """Collect a share of every rank's part of ``whole``, again and again."""
         starts = start_offsets(counts)
         for firsts, sizes in self._shares(whole, counts):
@@ -276,9 +276,9 @@ class Messages:
 
     # ---------------------------------------------------------------- how
 
-    def _keep_in_flight(self, works: Iterable[Iterator[Pending]]) -> None:
+    def _keep_in_flight(self, works: Iterable[Iterator[Request]]) -> None:
         """Advance works, each a series of collectives, some of them at a time; all ranks in the same order."""
-        window: deque[tuple[Iterator[Pending], Pending]] = deque()
+        window: deque[tuple[Iterator[Request], Request]] = deque()
 
         def advance_oldest() -> None:
             work, pending = window.popleft()
@@ -296,12 +296,12 @@ class Messages:
 
     def _reduce_scatter_piece(
         self, output: Tensor, source: Tensor, starts: Sequence[int], counts: Sequence[int]
-    ) -> Iterator[Pending]:
+    ) -> Iterator[Request]:
         received, send, receive = self._exchange_of(source, starts, counts)
         yield self._start("Ialltoallv", send, receive)
         sum_in_order(received.unbind(), output)
 
-    def _all_gather_piece(self, whole: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Pending]:
+    def _all_gather_piece(self, whole: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Iterator[Request]:
         yield self._start("Iallgatherv", self._mpi.IN_PLACE, self._parts(whole, starts, counts))
 
     def _shares(self, whole: Tensor, counts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -311,15 +311,15 @@ class Messages:
             firsts = [min(first, count) for count in counts]
             yield firsts, [min(window, count - start) for count, start in zip(counts, firsts, strict=True)]
 
-    def _start(self, name: str, *args: Any) -> Pending:
-        return Pending(getattr(self._comm, name)(*args), patient=self.patience_bytes >= _PIECE_BYTES)
+    def _start(self, name: str, *args: Any) -> Request:
+        return Request(getattr(self._comm, name)(*args), patient=self.patience_bytes >= _PIECE_BYTES)
 
     def _call(self, name: str, num_bytes: int, *args: Any, **options: Any) -> None:
         """Call a collective of mpi4py's, and wait for it as told (Note [Patience])."""
         if num_bytes > self.patience_bytes:
             getattr(self._comm, name)(*args, **options)
             return
-        Pending(getattr(self._comm, f"I{name.lower()}")(*args, **options), patient=True).wait()
+        Request(getattr(self._comm, f"I{name.lower()}")(*args, **options), patient=True).wait()
 
     def _adopt(self, part: Any) -> "Messages":
         adopted = Messages(part, self.max_message_bytes)

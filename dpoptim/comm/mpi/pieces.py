@@ -17,8 +17,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
+from dpoptim.comm.work import Pending
 from dpoptim.tuning import TUNING
 
 __all__ = ["InFlight", "Transfer"]
@@ -26,18 +26,8 @@ __all__ = ["InFlight", "Transfer"]
 _BETWEEN_LOOKS_S = TUNING.between_looks_s
 
 
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> None:
-        """Block until it has ended."""
-
-    def test(self) -> bool:
-        """Whether it has ended; not asked again then."""
-
-
 # The collectives of one piece of a transfer, each started when the one before has ended.
-Phases = Iterator[Pending]
+Phases = Iterator[Pending[None]]
 
 
 class Transfer:
@@ -77,7 +67,7 @@ class InFlight:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._not_started: deque[_Piece] = deque()
-        self._by_phase: list[deque[tuple[_Piece, Pending]]] = []
+        self._by_phase: list[deque[tuple[_Piece, Pending[None]]]] = []
         self._num_started = 0
         self._next_look_s = 0.0
 

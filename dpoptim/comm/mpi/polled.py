@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, Messages, Pending
+from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, Messages, Request
 from dpoptim.comm.mpi.pieces import InFlight, Transfer
 from dpoptim.comm.summing import SUMMED_IN_FLOAT32
 from dpoptim.tuning import TUNING
@@ -61,5 +61,5 @@ class PolledMessages:
         self._first.free()
         self._second.free()
 
-    def _whole(self, tensor: Tensor) -> Iterator[Pending]:
+    def _whole(self, tensor: Tensor) -> Iterator[Request]:
         yield self._first.start_all_reduce(tensor)  # when its turn has come (Note [Phases] in pieces.py)
