@@ -1,5 +1,6 @@
 """``python -m dpoptim checkpoint``: to other formats and back, and nothing unpickled that is not plain."""
 
+import io
 import os
 import pickle
 import shutil
@@ -8,9 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from oracle import Net, assert_same, joined_batch, seeded, train
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from dpoptim.__main__ import main
 from dpoptim.utils import checkpoint
+from dpoptim.utils.checkpoint.convert import _MetadataUnpickler
 
 
 def _net(named=True):
@@ -103,4 +106,25 @@ def test_importing_runs_no_code(run, tmp_path, capsys):
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Evil(trap)))
     assert main(["checkpoint", "import", str(tmp_path / "dcp"), str(tmp_path / "back")]) == 1
     assert "its metadata holds a posix.system" in capsys.readouterr().err
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(ByGetattr(torch.Size, "numel")))
+    assert main(["checkpoint", "import", str(tmp_path / "dcp"), str(tmp_path / "back")]) == 1
+    assert "its metadata holds an attribute numel of <class 'torch.Size'>" in capsys.readouterr().err
     assert not trap.exists()
+
+
+class ByGetattr:
+    """Pickled as the first versions of Python 3.11 pickle a member of an Enum."""
+
+    def __init__(self, holder, name):
+        self.holder, self.name = holder, name
+
+    def __reduce__(self):
+        return (getattr, (self.holder, self.name))
+
+
+def test_members_of_an_enum_are_read_as_any_python_pickles_them():
+    text = pickle.dumps(ByGetattr(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))
+    assert _MetadataUnpickler(io.BytesIO(text)).load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    for name in ("__class__", "mro"):
+        with pytest.raises(pickle.UnpicklingError, match=f"an attribute {name} of"):
+            _MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(_MEM_FORMAT_ENCODING, name)))).load()

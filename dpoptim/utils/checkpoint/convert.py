@@ -11,6 +11,7 @@ for the metadata of ``torch.distributed.checkpoint`` an unpickler that makes not
 import pickle
 import warnings
 from collections.abc import Mapping
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, cast
 
@@ -155,11 +156,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Makes nothing but what the metadata of torch.distributed.checkpoint consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of  # by which Python 3.11.0 to 3.11.3 pickles members of an Enum
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         is_own = module == "torch.distributed.checkpoint.metadata" and "." not in name
         if is_dtype or is_own or (module, name) in _METADATA_PARTS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its metadata holds a {module}.{name}")
+
+
+def _member_of(kind: object, name: str) -> Enum:
+    """Return a member of an Enum; nothing else that ``getattr`` would."""
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return cast("Enum", kind.__members__[name])
+    raise pickle.UnpicklingError(f"its metadata holds an attribute {name} of {kind}")
 
 
 _METADATA_PARTS = {
