@@ -342,13 +342,13 @@ class Communicator:
         """
         return self._router.lend(num_bytes)
 
-    def node_memory(self) -> str:
-        """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""
-        return self._router.node_memory()
+    def why_no_node_memory(self) -> str | None:
+        """Return why ranks of a node don't exchange through shared memory, None if they do; collective at first."""
+        return self._router.why_no_node_memory()
 
-    def peer_memory(self) -> str:
-        """Say whether ranks of this node read each other's memory, and if not, why; collective at first."""
-        return self._router.peer_memory()
+    def why_no_peer_memory(self) -> str | None:
+        """Return why ranks of this node don't read each other's memory, None if they do; collective at first."""
+        return self._router.why_no_peer_memory()
 
     # ---------------------------------------------------------------- small Python objects
 

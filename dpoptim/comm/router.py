@@ -233,16 +233,15 @@ class Router:
             raise OSError(reason)
         return memory
 
-    def node_memory(self) -> str:
-        """Say whether ranks of a node exchange through shared memory, and if not, why; collective at first."""
+    def why_no_node_memory(self) -> str | None:
+        """Return why ranks of a node don't exchange through shared memory, None if they do; collective at first."""
         self._find_ways()
-        return "yes" if self._why_no_ways is None else f"no ({self._why_no_ways})"
+        return self._why_no_ways
 
-    def peer_memory(self) -> str:
-        """Say whether ranks of this node read each other's memory, and if not, why; collective at first."""
+    def why_no_peer_memory(self) -> str | None:
+        """Return why ranks of this node don't read each other's memory, None if they do; collective at first."""
         self._find_ways()
-        why_not = self._why_no_ways or self._why_no_peers
-        return "yes" if why_not is None else f"no ({why_not})"
+        return self._why_no_ways or self._why_no_peers
 
     def lends(self) -> bool:
         """Whether all ranks are of one node and read each other's memory; collective at first."""

@@ -181,14 +181,13 @@ def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[
     topology = communicator.topology
     available = communicator.all_gather_object(available_cores())
     cores = [len(set[int]().union(*(available[rank] for rank in node))) for node in topology.nodes]
-    memory = communicator.node_memory()
-    reading = communicator.peer_memory()
-    large = "read from each other's memory" if reading == "yes" else f"through a staging area: {_reason(reading)}"
+    why_no_memory, why_no_reading = communicator.why_no_node_memory(), communicator.why_no_peer_memory()
+    large = "read from each other's memory" if why_no_reading is None else f"through a staging area: {why_no_reading}"
     shares = any(num_cores < len(node) for num_cores, node in zip(cores, topology.nodes, strict=True))
     small = "through memory that they share" if shares and topology.num_nodes == 1 else "by messages"
     exchange = f"large tensors {large}; small ones {small}"
-    if memory != "yes":
-        exchange = f"by messages, not through shared memory: {_reason(memory)}"
+    if why_no_memory is not None:
+        exchange = f"by messages, not through shared memory: {why_no_memory}"
     elif topology.num_nodes > 1:
         exchange += "; with other nodes by messages, all ranks of a node at once, several pieces in flight"
     step = optimizers.implementation(optimizers.AdamW([nn.Parameter(torch.zeros(1))], lr=0.1))
@@ -200,10 +199,6 @@ def _choices(communicator: Communicator, times: dict[str, float | str]) -> dict[
         "step of AdamW": f"{step}, where torch's default is the loop over parameters",
         "fastest mode": min(modes, key=lambda name: modes[name]),
     }
-
-
-def _reason(text: str) -> str:
-    return text.removeprefix("no (").removesuffix(")")
 
 
 def _row(name: str, cells: list[str]) -> str:

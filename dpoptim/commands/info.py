@@ -27,8 +27,8 @@ def info() -> int:
         "MPI standard": communicator.library()["standard"],
         "MPI thread level": communicator.library()["thread level"],
         "MPI reads GPU memory": communicator.library()["GPU-aware"],
-        "shared memory": communicator.node_memory(),
-        "reads others' memory": communicator.peer_memory(),
+        "shared memory": _yes_or(communicator.why_no_node_memory()),
+        "reads others' memory": _yes_or(communicator.why_no_peer_memory()),
         "ranks": str(communicator.world_size),
         "nodes": f"{len(nodes)}, {_either(sizes)} ranks a node",
         "torch": f"{torch.__version__}, Python {platform.python_version()}",
@@ -70,6 +70,10 @@ def _accelerator() -> str:
     if torch.accelerator.is_available():
         return f"{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
     return "none"
+
+
+def _yes_or(why_not: str | None) -> str:
+    return "yes" if why_not is None else f"no ({why_not})"
 
 
 def _either(values: list[int]) -> str:

@@ -40,9 +40,9 @@ class NodeShared:
     """
 
     def __init__(self, communicator: Communicator, parameters: Sequence[Tensor]) -> None:
-        reason = communicator.node_memory()
-        if reason != "yes":
-            raise OSError(reason)
+        why_not = communicator.why_no_node_memory()
+        if why_not is not None:
+            raise OSError(why_not)
         self._communicator = communicator
         self._set_aside: SharedMemory | None = communicator.share_in_node(
             sum(aligned(parameter.nbytes) for parameter in parameters) or 1

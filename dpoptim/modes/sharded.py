@@ -168,6 +168,7 @@ class Sharded:
         self._optimizer = optimizer
         self._hyper_parameters = hyper_parameters
         self._names = names
+        self._reducer: ShardedReducer
         self._communicator = communicator
         self._inner_step = inner_step
         self._is_known = is_known(type(optimizer))
@@ -265,8 +266,8 @@ class Sharded:
             self._options = _options_of(self._optimizer)
             return groups
 
-        # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
         buckets = self._reducer.buckets  # that are not asleep, the same on all ranks
+        # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
         by_hand = self._step.parts_with_gradient_but(buckets)
         names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
         purpose = f"a step with gradients set by hand, of parameters {names}" if by_hand else "a step"

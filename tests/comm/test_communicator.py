@@ -186,7 +186,7 @@ def test_all_gather_in_place(communicator, is_given):
 
 def test_prepared_gathers_may_be_started_again_and_again(communicator):
     rank, size = communicator.rank, communicator.world_size
-    communicator.node_memory()
+    communicator.why_no_node_memory()
     numels = [23, 1, 3 * size]
     counts = [even_counts(numel, size) for numel in numels]
     counts[2] = [0] * (size - 1) + [3 * size]  # one rank has it all
@@ -308,7 +308,7 @@ def test_the_part_in_a_node_is_the_sum_over_all_nodes(communicator):
     for dtype in (torch.float64, torch.bfloat16, torch.complex64):
         source = _values(communicator.rank, 23, dtype)
         part = torch.empty(count, dtype=dtype)
-        if communicator.node_memory() == "yes":
+        if communicator.why_no_node_memory() is None:
             communicator.reduce_scatter_in_node(part, source, counts=counts)
             assert torch.equal(part, _sum(communicator, 23, dtype)[start : start + count])
         else:
@@ -325,7 +325,7 @@ def test_several_may_be_started_before_the_first_is_waited_for(communicator):
     in_node += [0] * (topology.local_size - len(in_node))
     in_node_start = start_offsets(in_node)[topology.local_rank]
     total = _sum(communicator, numel, torch.float64)
-    has_node_memory = communicator.node_memory() == "yes"
+    has_node_memory = communicator.why_no_node_memory() is None
     started, results = [], []
     for _ in range(2):
         reduced, part = _values(rank, numel, torch.float64), torch.empty(counts[rank], dtype=torch.float64)

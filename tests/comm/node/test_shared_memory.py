@@ -27,7 +27,7 @@ communicator = Communicator()
 tensor = torch.ones(1 << 20)
 communicator.all_reduce(tensor)
 assert tensor[0] == communicator.world_size
-assert communicator.node_memory() == "yes", communicator.node_memory()
+assert communicator.why_no_node_memory() is None, communicator.why_no_node_memory()
 memory = communicator.share_in_node(1 << 20)
 print("ready", flush=True)
 """
@@ -198,7 +198,7 @@ def test_without_memory_messages_give_the_same_and_the_reason_is_told(world, mon
     with caplog.at_level(logging.WARNING):
         communicator.all_reduce(without)
         communicator.all_reduce(values)
-    why = communicator.node_memory()
+    why = communicator.why_no_node_memory()
     with pytest.raises(OSError, match="rank 1 of the node: no map"):
         communicator.share_in_node(1000)
     communicator.free()
@@ -228,10 +228,10 @@ def test_a_small_dev_shm(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import torch\nfrom dpoptim.comm.communicator import Communicator\nc = Communicator()\n"
-        "t = torch.ones(1 << 20)\nc.all_reduce(t)\nassert t[0] == 2\nprint(c.node_memory(), flush=True)\n"
+        "t = torch.ones(1 << 20)\nc.all_reduce(t)\nassert t[0] == 2\nprint(c.why_no_node_memory(), flush=True)\n"
     )
     environment = {**os.environ, "OMPI_MCA_btl": "self,tcp", "UCX_TLS": "tcp,self"}
-    for size, expected in (("1m", "yes"), ("4k", "no (no ")):
+    for size, expected in (("1m", "None\n"), ("4k", "MiB of memory to share")):
         command = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {launcher} -n 2 {sys.executable} {program}"
         done = subprocess.run(
             ["unshare", "-m", "sh", "-c", command],
@@ -252,7 +252,8 @@ def test_a_program_ended_by_sigterm_leaves_nothing(tmp_path):
         [
             sys.executable,
             "-c",
-            PROGRAM.replace("tensor[0]", "1 or tensor[0]").replace('== "yes"', '!= ""') + "time.sleep(60)",
+            PROGRAM.replace("tensor[0]", "1 or tensor[0]").replace("memory() is None", "memory() != ''")
+            + "time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,
