@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices, _get_fused_kernels_supported_devices
 
-from dpoptim.gradients.reducer import is_reduced
+from dpoptim.gradients.autograd_hooks import is_reduced
 from dpoptim.step.compiled_step import check_compiler
 from dpoptim.step.facts import FACTS, Choice
 from dpoptim.step.flat_step import FlatStep

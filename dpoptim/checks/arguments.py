@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from dpoptim.checks.layers import layer_error
 from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.gradients.autograd_hooks import is_reduced
 from dpoptim.gradients.bucket import gradient_dtype
-from dpoptim.gradients.reducer import is_reduced
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.inner_step import needs_closure
 

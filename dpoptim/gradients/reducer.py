@@ -33,7 +33,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -45,6 +44,7 @@ from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import Alike, DifferentPlacesError, RollCall
 from dpoptim.comm.work import Work
+from dpoptim.gradients.autograd_hooks import hear_after_adding, hear_before_adding, hear_before_making
 from dpoptim.gradients.backward_passes import BackwardPasses, common
 from dpoptim.gradients.bucket import Bucket, gradient_dtype
 from dpoptim.gradients.comm_hook import CommHook
@@ -53,7 +53,7 @@ from dpoptim.gradients.sparse import sum_sparse
 from dpoptim.partition import aligned, group_by_size, start_offsets
 from dpoptim.tuning import TUNING
 
-__all__ = ["MARK", "REDUCED", "STEP", "Reducer", "Report", "add_hook", "is_reduced", "reducers_of"]
+__all__ = ["MARK", "REDUCED", "STEP", "Reducer", "Report"]
 
 # An attribute of gradients, and its value where they are the result of a reduction.
 MARK = "_dpoptim_mark"
@@ -196,11 +196,11 @@ class Reducer:
             for index, parameter in enumerate(parameters, start):
                 if not parameter.is_floating_point() and not parameter.is_complex():
                     continue  # can never have a gradient
-                handle = add_hook(parameter, partial(_after_adding, self, index))
+                handle = hear_after_adding(self, index, parameter)
                 self._handles.append(handle)
                 self._hook_ids[index] = handle.id
                 if self._looks_before_adding:
-                    self._handles.append(add_hook(parameter, partial(_before_adding, self, index)))
+                    self._handles.append(hear_before_adding(self, index, parameter))
         self._had_gradient = None
         self._plan_for(start, groups)
 
@@ -770,7 +770,7 @@ class Reducer:
         for bucket, start_bytes in zip(buckets, start_offsets(sizes_bytes), strict=True):
             self._homes |= bucket.lie_in(partial(lent.tensor, start_bytes))
         for index, home in self._homes.items():
-            self._home_handles.append(add_hook(self._parameters[index], partial(_before_making, home)))
+            self._home_handles.append(hear_before_making(home, self._parameters[index]))
 
     def _leave_homes(self) -> None:
         """Let gradients lie where autograd makes them; local, between the same collectives of all ranks."""
@@ -873,10 +873,6 @@ class _EndOfBackward:
         self._reducer.on_backward_end(self._task)
 
 
-class _GradientHook(partial[None]):
-    """Tells a reducer that autograd has accumulated a parameter's gradient; without a call of its own."""
-
-
 @torch.no_grad()
 def _in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient in its parameter's memory layout, as autograd makes it: torch's fused steps rely on it."""
@@ -893,35 +889,6 @@ def _like_gradient(parameter: Tensor) -> Tensor:
     return torch.empty((), dtype=dtype, device=parameter.device).expand(parameter.shape)
 
 
-def is_reduced(parameter: Tensor) -> bool:
-    """Whether some reducer has its hook on this parameter."""
-    return any(isinstance(hook, _GradientHook) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
-
-
-def reducers_of(parameters: Iterable[Tensor]) -> set[Reducer]:
-    """Return the reducers that have a hook on one of these parameters; local."""
-    hooks = chain.from_iterable((parameter._post_accumulate_grad_hooks or {}).values() for parameter in parameters)
-    return {hook.func.__self__ for hook in hooks if isinstance(hook, _GradientHook)}  # type: ignore[attr-defined]
-
-
-def _before_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
-    return parameter.register_hook(_BeforeAdding(reducer, index, parameter))
-
-
-class _BeforeAdding:
-    """Tells a reducer that autograd is about to make a gradient or to add to it."""
-
-    def __init__(self, reducer: Reducer, index: int, parameter: Tensor) -> None:
-        self._reducer, self._index, self._parameter = reducer, index, parameter
-        self._put_aside = reducer.put_aside
-
-    def __call__(self, _: Tensor) -> None:
-        if self._parameter.grad is not None:
-            self._reducer.before_adding(self._index)
-        elif self._put_aside:
-            self._reducer.before_making(self._index)
-
-
 def _version(gradient: Tensor | None) -> int:
     """Return a number that changes when a gradient is written to in place; -1 if it has none."""
     return -1 if gradient is None or gradient.is_inference() else gradient._version
@@ -930,21 +897,3 @@ def _version(gradient: Tensor | None) -> int:
 def _dense_somewhere(reports: Sequence[Report], indices: Iterable[int]) -> set[int]:
     """Return which of these parameters have a dense gradient on some rank."""
     return {i for i in indices if any(report.had_gradient[i] and i not in report.sparse_dims for report in reports)}
-
-
-def _before_making(home: Home, parameter: Tensor) -> Any:
-    return parameter.register_hook(partial(home.before_adding, parameter))
-
-
-def _after_adding(reducer: Reducer, index: int, parameter: Tensor) -> Any:
-    return parameter.register_post_accumulate_grad_hook(_GradientHook(reducer.on_gradient, index))
-
-
-def add_hook(parameter: Tensor, register: Callable[[Tensor], Any]) -> Any:
-    """Register a hook, on a frozen parameter too: it may be unfrozen later."""
-    frozen = not parameter.requires_grad
-    parameter.requires_grad_(True)
-    handle = register(parameter)
-    if frozen:
-        parameter.requires_grad_(False)
-    return handle

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
-from dpoptim.gradients.reducer import Reducer, reducers_of
+from dpoptim.gradients.autograd_hooks import listeners_of
+from dpoptim.gradients.reducer import Reducer
 from dpoptim.optimizer import DataParallelOptimizer
 from dpoptim.step.step_hooks import FIRST_HOOK
 
@@ -140,7 +141,7 @@ def make_way(communicator: Communicator, parameters: Sequence[Tensor]) -> None:
 
 
 def _tenures_of(parameters: Sequence[Tensor]) -> list[tuple[Reducer, _Tenure]]:
-    reducers = reducers_of(parameters)
+    reducers = listeners_of(parameters)
     wanted = set(map(id, parameters))
     found = []
     for reducer, tenure in list(_tenures.items()):

@@ -441,9 +441,9 @@ def test_what_can_not_be_compiled():
     with pytest.raises(ValueError, match="must be stepped flat to be compiled, got foreach"):
         compile_step(dpoptim.RMSprop(parameters, foreach=True))
     hooked = nn.Parameter(torch.zeros(3))
-    from dpoptim.gradients.reducer import _GradientHook
+    from dpoptim.gradients.autograd_hooks import GradientHook
 
-    hooked.register_post_accumulate_grad_hook(_GradientHook(lambda _: None))
+    hooked.register_post_accumulate_grad_hook(GradientHook(lambda _: None))
     with pytest.raises(ValueError, match="before the optimizer is wrapped"):
         compile_step(dpoptim.RMSprop([hooked]))
 
