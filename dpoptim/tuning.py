@@ -1,4 +1,4 @@
-"""Tuning: the sizes and times that were measured on one cluster, and may be others on yours. Local.
+"""Tuning: the sizes and times that suit the machines of the benchmarks, and may be others on yours. Local.
 
 ``DPOPTIM_TUNING="piece_bytes=1048576,longest_nap_s=1e-3"`` in the environment of all ranks sets others.
 ``python -m dpoptim info`` prints them all, ``python -m dpoptim bench`` shows what they do.
@@ -15,9 +15,9 @@ _VARIABLE = "DPOPTIM_TUNING"
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tuned sizes and times; each name ends with its unit. ``numel`` are elements of a tensor.
+    """Tuned sizes and times; a name ends with its unit, where it has one. ``numel`` are elements of a tensor.
 
-    Messages: measured with ``make bench-links`` over 1 Gbit/s, two and three hosts.
+    Messages; ``make bench-links`` shows what these do.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Tuning:
     patience_bytes : int
         Ranks that share cores sleep while they wait for messages up to this size.
 
-    One node: measured with ``make bench`` on 2 and 4 ranks, two cores.
+    One node; ``make bench`` shows what these do.
 
     shared_memory_bytes : int
         A tensor of so many bytes goes through a node's memory; below, a message is faster than two meetings.
@@ -51,7 +51,7 @@ class Tuning:
     num_looks : int
         How often a rank looks before it falls asleep at a meeting.
 
-    Gradients: measured with ``make bench`` and ``make bench-links``.
+    Gradients; ``make bench`` and ``make bench-links`` show what these do.
 
     large_gradient_bytes : int
         A gradient of so many bytes has a home on one node, and travels alone between nodes.
@@ -62,7 +62,7 @@ class Tuning:
     average_group_bytes : int
         How much memory averaging states takes beside them.
 
-    The step on CPU: measured with ``benchmarks/optimizers.py``, ``--groups`` for those of groups.
+    The step on CPU; ``benchmarks/optimizers.py`` shows what these do, with ``--groups`` those of groups.
 
     block_numel, part_numel : int
         What small tensors fill together, and into what large ones are cut.

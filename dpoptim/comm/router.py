@@ -82,6 +82,8 @@ class Router:
         everybody = own_messages.all_gather_object((self._shares_cores, TUNING))
         for rank, (_, tuning) in enumerate(everybody):
             if tuning != everybody[0][1]:
+                self._node.free()
+                own_messages.free()
                 message = f"DPOPTIM_TUNING must be the same on all ranks, not so on ranks 0 and {rank}"
                 raise raised_on_all_ranks(ValueError(message))
         self._is_patient = patient or any(shares for shares, _ in everybody)

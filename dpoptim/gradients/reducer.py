@@ -533,6 +533,8 @@ class Reducer:
     def _take_over(self) -> None:
         """Turn buckets into gradients when they are reduced, after asking all ranks whether anything has changed."""
         had_gradient = bytes([parameter.grad is not None for parameter in self._parameters])
+        if not all(had_gradient) and any(map(self._is_taken_away, self._arrived)):
+            self._misfit = True
         flags = self._finish(self._launched, lambda: self._flags(had_gradient))
         reports = self._exchange_reports(had_gradient) if flags[0] else None
         self._had_gradient = had_gradient

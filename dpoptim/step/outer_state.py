@@ -1,4 +1,4 @@
-"""DividedState: the ``state`` of an optimizer while the entries of its parameters are divided among ranks. Local."""
+"""OuterState: the ``state`` of an optimizer while the entries of its parameters are divided among ranks. Local."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-__all__ = ["DividedState"]
+__all__ = ["OuterState"]
 
 _ABSENT = object()
 
 
-class DividedState(defaultdict[Any, Any]):
+class OuterState(defaultdict[Any, Any]):
     """What a user finds in ``optimizer.state``: all but the entries of parameters, of which this rank has parts alone.
 
     Entries may be deleted, one by one or all, so that the state of those parameters starts anew; every rank does it.

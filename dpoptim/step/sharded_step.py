@@ -18,7 +18,7 @@ from dpoptim.gradients.bucket import Bucket
 from dpoptim.step.classes import is_known
 from dpoptim.step.facts import AS_THE_LOOP, FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
-from dpoptim.step.outer_state import DividedState
+from dpoptim.step.outer_state import OuterState
 from dpoptim.step.step_hooks import bare_step
 from dpoptim.step.units import Part, State, Unit, flat_piece, is_flat, kind_of, like_unit, part_of, runs_of
 
@@ -45,7 +45,7 @@ class ShardedStep:
         self._fused_step = _fused_step(optimizer) if by_element else None
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
-        self.outer_state = DividedState(self._forget)
+        self.outer_state = OuterState(self._forget)
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
         """Take over the parameters of a divided bucket.

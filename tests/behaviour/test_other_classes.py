@@ -409,6 +409,28 @@ def test_who_steps_within_backward_is_told(world, mode):
     opt.detach()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_who_steps_within_backward_later_is_told(world, mode):
+    """A parameter that had no gradient before, so that the next one that is gone changes nothing that ranks compare."""
+    model = seeded(lambda: nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]))
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), **MODES[mode])
+    batch = torch.ones(2, 5, dtype=torch.float64)
+    for _ in range(2):
+        opt.zero_grad()
+        model[0](batch).sum().backward()
+        opt.step()
+
+    def take_away(parameter):
+        parameter.grad = None
+
+    for parameter in model[1].parameters():
+        parameter.register_post_accumulate_grad_hook(take_away)
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter .* was taken away before it could be reduced"):
+        model[1](model[0](batch)).sum().backward()
+    opt.detach()
+
+
 def test_a_state_dict_of_another_form_is_said(world):
     class Boxed(foreign_classes.Lookahead):
         def state_dict(self):
