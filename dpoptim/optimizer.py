@@ -33,13 +33,13 @@ from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.modes.mode import Mode, Replicated
 from dpoptim.modes.sharded import choose_mode
-from dpoptim.modes.whole_state import scatter_form
+from dpoptim.modes.whole_state import scatter_state
 from dpoptim.step.inner_step import InnerStep
 from dpoptim.step.kept_attributes import KeptAttributes, aliases_kept
 from dpoptim.step.step_hooks import FIRST_HOOK, run_hooks_around_step
 from dpoptim.utils.consistency import digest, raise_together
 from dpoptim.utils.state_dict import (
-    Form,
+    NamedState,
     Slices,
     load_full_form,
     to_named,
@@ -617,19 +617,19 @@ class DataParallelOptimizer(Optimizer):
         """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
         return self._mode.slices()
 
-    def local_state_dict(self) -> Form:
+    def local_state_dict(self) -> NamedState:
         """Return the state that this rank holds, by name, in the form of :mod:`dpoptim.utils.state_dict`; local.
 
         It shares memory with the optimizer.
         """
         return {**self._mode.form(self._whole_state_dict), **self._kept_attributes.entry()}
 
-    def load_local_state_dict(self, form: Form) -> None:
+    def load_local_state_dict(self, form: NamedState) -> None:
         """Load this rank's part of a state, copied, in the dtypes that it has; local.
 
         Parameters
         ----------
-        form : Form
+        form : NamedState
             With the slices and names of :meth:`local_state_dict`.
         """
         self._mode.load(self, form, self._kept_attributes.load)
@@ -674,7 +674,7 @@ class DataParallelOptimizer(Optimizer):
             except (TypeError, ValueError) as caught:
                 error = caught
         raise_together(self._communicator, error)
-        self.load_local_state_dict(scatter_form(self._communicator, form, self.local_slices(), self._devices()))
+        self.load_local_state_dict(scatter_state(self._communicator, form, self.local_slices(), self._devices()))
 
     # ---------------------------------------------------------------- how
 
@@ -765,7 +765,7 @@ class DataParallelOptimizer(Optimizer):
         names = unique_names(self.param_groups, self._names())
         return {name: parameter.device for name, parameter in zip(names, self._parameters(), strict=True)}
 
-    def _checked_form(self, state_dict: object) -> Form:
+    def _checked_form(self, state_dict: object) -> NamedState:
         """Return the form of a whole state that fits, as its hooks leave it, in the dtypes of the parameters."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping on rank 0, got {type(state_dict).__name__}")

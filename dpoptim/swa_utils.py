@@ -103,7 +103,7 @@ def update_bn(
     """
     roll_call = RollCall.of(comm)
     communicator = roll_call.communicator
-    roll_call.answer("update_bn", 1.0)
+    roll_call.check_in("update_bn", 1.0)
     raise_together(communicator, _model_error(model))
     layers = _tracking_layers(model)
     _check_layers_agree(communicator, layers)
@@ -118,7 +118,7 @@ def update_bn(
                 statistics.check_complete()
         except Exception as caught:  # raised below, on all ranks
             error = caught
-        roll_call.answer("the end of update_bn", 1.0)
+        roll_call.check_in("the end of update_bn", 1.0)
         raise_together(communicator, error)
         totals = torch.cat([statistics.flat() for statistics in measured])
         communicator.all_reduce(totals)

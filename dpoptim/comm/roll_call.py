@@ -123,7 +123,7 @@ class RollCall:
         """Whether any rank has asked to stop, as of the last answer: the same on all ranks."""
         return self._stop_agreed or (self._stop_requested and self.communicator.world_size == 1)
 
-    def answer(self, place: str, weight: float, alike: Alike | None = None, note: str = "") -> float:
+    def check_in(self, place: str, weight: float, alike: Alike | None = None, note: str = "") -> float:
         """Meet all ranks before a reduction; collective, blocks.
 
         Parameters

@@ -179,7 +179,7 @@ def _verdict(subject: _Subject, mode: str, roll_call: RollCall) -> str:
         stayed = [str(warning.message) for warning in caught if "stays replicated" in str(warning.message)]
     if made:
         try:
-            roll_call.answer("the end of a check", 1.0)
+            roll_call.check_in("the end of a check", 1.0)
             made[-1].detach()
         except RuntimeError as error:
             verdict = f"DIFFERS at the end: {error}"

@@ -315,7 +315,7 @@ class DASO(DataParallelOptimizer):
         See :meth:`DataParallelOptimizer.mean`.
         """
         weight = self.batch_weight if weight is None else weight
-        total_weight = self._roll_call.answer(self._place("averaging a number"), weight)
+        total_weight = self._roll_call.check_in(self._place("averaging a number"), weight)
         total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
         self._communicator.all_reduce(total)
         return total.item() / total_weight
@@ -325,7 +325,7 @@ class DASO(DataParallelOptimizer):
 
         See :meth:`DataParallelOptimizer.average_buffers`.
         """
-        self._roll_call.answer(self._place("averaging buffers"), 1.0)
+        self._roll_call.check_in(self._place("averaging buffers"), 1.0)
         super().average_buffers()
 
     def state_dict(self) -> dict[str, Any]:
@@ -423,7 +423,7 @@ class DASO(DataParallelOptimizer):
             self._sent_at = self.current_batch
 
     def _receive(self) -> None:
-        self._node_roll_call.answer(self._place("receiving"), 1.0)  # the node puts its parts together
+        self._node_roll_call.check_in(self._place("receiving"), 1.0)  # the node puts its parts together
         waited, num_nodes = 2.0 * (self.current_batch - self._sent_at), float(len(self._nodes))
         self._average.finish(num_nodes / (max(waited, 1.0) + num_nodes))
 
@@ -433,7 +433,7 @@ class DASO(DataParallelOptimizer):
         is_finite = self._average.measure()
         weight = self._weight if self._weight > 0 else self.batch_weight
         place = self._place(f"{purpose} of {self._average.numel} numbers")
-        total_weight = self._roll_call.answer(
+        total_weight = self._roll_call.check_in(
             place, weight if is_finite else float("nan"), self._reducer.hyper_parameters
         )
         if math.isnan(total_weight):

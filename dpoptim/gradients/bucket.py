@@ -22,25 +22,25 @@ class Division:
     ----------
     counts : tuple of int
         Elements of each rank's part, one after another; of each rank of a node if ``in_node``.
-    number : int
+    owner : int
         This rank's number among them.
     in_node : bool
         Whether every node divides the whole among its ranks, rather than all ranks one whole.
     """
 
     counts: tuple[int, ...]
-    number: int
+    owner: int
     in_node: bool
 
     @cached_property
     def start(self) -> int:
         """Where this rank's part begins."""
-        return start_offsets(self.counts)[self.number]
+        return start_offsets(self.counts)[self.owner]
 
     @cached_property
     def stop(self) -> int:
         """Where this rank's part ends."""
-        return self.start + self.counts[self.number]
+        return self.start + self.counts[self.owner]
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
@@ -55,8 +55,8 @@ class Bucket:
 
     A bucket of a single contiguous gradient has no buffer: the gradient's own memory is ``flat``, and nothing is
     copied. A gradient in a buffer of several is copied in by :meth:`pack` and back out by :meth:`unpack`, so that
-    ``p.grad`` is never a view of memory that the next backward writes to. In memory that was given by :meth:`lie_in`
-    large gradients are at home (Note [Homes] in homes.py), and are not copied either.
+    ``p.grad`` is never a view of memory that the next backward writes to. In memory that was given by
+    :meth:`use_memory` large gradients are at home (Note [Homes] in homes.py), and are not copied either.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class Bucket:
         """Whether a gradient has this bucket's dtype and device, and is dense."""
         return gradient.dtype == self.dtype and gradient.device == self.device and not gradient.is_sparse
 
-    def lie_in(self, tensor_at: Callable[[torch.dtype, Sequence[int], int], Tensor]) -> dict[int, Home]:
+    def use_memory(self, tensor_at: Callable[[torch.dtype, Sequence[int], int], Tensor]) -> dict[int, Home]:
         """Have buffer and large gradients lie in given memory; not between :meth:`pack` and :meth:`release`.
 
         Parameters

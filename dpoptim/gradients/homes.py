@@ -43,7 +43,7 @@ class Home:
         """Take note whether autograd is about to make a gradient, or to add to one; called by autograd."""
         self._is_about_to_be_made = parameter.grad is None
 
-    def take_in(self, parameter: Tensor) -> None:
+    def adopt(self, parameter: Tensor) -> None:
         """Move a gradient here that autograd has just made (Note [Homes]); called by autograd."""
         if not self._is_about_to_be_made:
             return

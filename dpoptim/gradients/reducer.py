@@ -310,7 +310,7 @@ class Reducer:
         self._passes.settle()
         while True:
             try:
-                return self._roll_call.answer(self._place_of(purpose), weight, self.hyper_parameters, self._note)
+                return self._roll_call.check_in(self._place_of(purpose), weight, self.hyper_parameters, self._note)
             except DifferentPlacesError as error:
                 self._find_common(purpose, error)
 
@@ -381,7 +381,7 @@ class Reducer:
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Take note that a parameter's gradient is ready; called by autograd with the parameter."""
         if index in self._homes:
-            self._homes[index].take_in(parameter)
+            self._homes[index].adopt(parameter)
         if not self._is_enabled or self.num_accumulated < self.accumulate - 1:
             if self._is_taken_away(index):
                 raise RuntimeError(self._why_taken_away(index))
@@ -770,7 +770,7 @@ class Reducer:
         if lent is None:
             return
         for bucket, start_bytes in zip(buckets, start_offsets(sizes_bytes), strict=True):
-            self._homes |= bucket.lie_in(partial(lent.tensor, start_bytes))
+            self._homes |= bucket.use_memory(partial(lent.tensor, start_bytes))
         for index, home in self._homes.items():
             self._home_handles.append(hear_before_making(home, self._parameters[index]))
 

@@ -44,7 +44,7 @@ class Sharding:
         How many ranks divide them: all, or those of a node.
     num_ranks : int
         How many ranks take part in a reduction of a part; those from ``num_owners`` on own nothing.
-    number : int
+    owner : int
         This rank's number among them.
     by_element : bool
         Whether parameters may be cut.
@@ -54,7 +54,7 @@ class Sharding:
 
     num_owners: int
     num_ranks: int
-    number: int
+    owner: int
     by_element: bool
     in_node: bool
     _loads: list[int] = field(init=False)
@@ -72,7 +72,7 @@ class Sharding:
         bucket_bytes : int
             A bucket of several parameters has at most so many bytes.
         have_homes : bool
-            Whether large gradients on the host are to lie in one memory (:meth:`Bucket.lie_in`).
+            Whether large gradients on the host are to lie in one memory (:meth:`Bucket.use_memory`).
         """
         kinds: dict[tuple[int, torch.dtype, torch.device, bool], list[Entry]] = {}
         alone: list[list[Entry]] = []
@@ -114,5 +114,5 @@ class Sharding:
 
     def _bucket(self, members: Sequence[Entry], counts: Sequence[int]) -> Bucket:
         nothing = [0] * (self.num_ranks - self.num_owners)
-        division = Division((*counts, *nothing), self.number, self.in_node)
+        division = Division((*counts, *nothing), self.owner, self.in_node)
         return Bucket([entry.index for entry in members], [entry.parameter for entry in members], division)

@@ -13,7 +13,7 @@ from dpoptim.checks.arguments import check_same_parameters, naming_gradients
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
 from dpoptim.step.inner_step import InnerStep
-from dpoptim.utils.state_dict import Form, Slices, full_slices, load_full_form, to_named, unique_names
+from dpoptim.utils.state_dict import NamedState, Slices, full_slices, load_full_form, to_named, unique_names
 
 __all__ = ["Mode", "Replicated", "Wrapper"]
 
@@ -25,7 +25,7 @@ class Wrapper(Protocol):
     def param_groups(self) -> list[dict[str, Any]]:
         """The one live list of parameter groups."""
 
-    def local_state_dict(self) -> Form:
+    def local_state_dict(self) -> NamedState:
         """Return the state that this rank holds, by name."""
 
 
@@ -107,16 +107,18 @@ class Mode(Protocol):
     def slices(self) -> Slices:
         """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
 
-    def form(self, whole: Callable[[], Mapping[str, Any]]) -> Form:
+    def form(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
         """Return the state that this rank holds, by name; local. ``whole`` returns a whole state in torch's form."""
 
-    def load(self, wrapper: Optimizer, form: Form, load_attributes: Callable[[Mapping[str, Any]], object]) -> None:
+    def load(
+        self, wrapper: Optimizer, form: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
+    ) -> None:
         """Load this rank's part of a state; local."""
 
     def gather(self, wrapper: Any, *, rank0_only: bool) -> dict[str, Any] | None:
         """Return the whole state in torch's form, None on ranks that get nothing; collective."""
 
-    def give_up(self, wrapper: Wrapper) -> Form | None:
+    def give_up(self, wrapper: Wrapper) -> NamedState | None:
         """Give every rank parameters of its own, and return the whole state, if it was in parts; collective."""
 
 
@@ -202,7 +204,7 @@ class Replicated:
         """Return all elements of every parameter."""
         return full_slices({name: parameter.shape for name, parameter in self._named().items()})
 
-    def form(self, whole: Callable[[], Mapping[str, Any]]) -> Form:
+    def form(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
         """Return the whole state by name.
 
         Raises
@@ -219,7 +221,9 @@ class Replicated:
         named = self._named()
         return to_named(state_dict, [parameter.shape for parameter in named.values()], list(named))
 
-    def load(self, wrapper: Optimizer, form: Form, load_attributes: Callable[[Mapping[str, Any]], object]) -> None:
+    def load(
+        self, wrapper: Optimizer, form: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
+    ) -> None:
         """Load a whole state by the wrapper's ``load_state_dict``."""
         load_full_form(wrapper, form)
 
@@ -227,7 +231,7 @@ class Replicated:
         """Return the state that every rank has."""
         return wrapper.state_dict() if wrapper.communicator.rank == 0 or not rank0_only else None
 
-    def give_up(self, wrapper: Wrapper) -> Form | None:
+    def give_up(self, wrapper: Wrapper) -> NamedState | None:
         """Return None: every rank has all that there is."""
         return None
 

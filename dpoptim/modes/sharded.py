@@ -34,14 +34,14 @@ from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.mode import Mode, Replicated, Wrapper
 from dpoptim.modes.node_shared import NodeShared
 from dpoptim.modes.step_numbers import agree_on_numbers
-from dpoptim.modes.whole_state import gather_form
+from dpoptim.modes.whole_state import gather_state
 from dpoptim.step.classes import is_known
 from dpoptim.step.divisibility import are_switched, divisibility
 from dpoptim.step.inner_step import InnerStep, needs_closure
 from dpoptim.step.kept_attributes import aliases_kept
 from dpoptim.step.sharded_step import ShardedStep
-from dpoptim.step.units import Outputs, Part, State
-from dpoptim.utils.state_dict import Form, Slices, from_named, groups_of, is_slice, shard, to_named, unique_names
+from dpoptim.step.units import Outputs, ShardedBucket, State
+from dpoptim.utils.state_dict import NamedState, Slices, from_named, groups_of, is_slice, shard, to_named, unique_names
 
 __all__ = ["Sharded", "choose_mode"]
 
@@ -181,7 +181,7 @@ class Sharded:
         self.sharding = Sharding(
             num_owners=min(map(len, topology.nodes)) if node_shared else communicator.world_size,
             num_ranks=topology.local_size if node_shared else communicator.world_size,
-            number=topology.local_rank if node_shared else communicator.rank,
+            owner=topology.local_rank if node_shared else communicator.rank,
             by_element=self._by_element,
             in_node=node_shared,
         )
@@ -310,7 +310,7 @@ class Sharded:
         if self._memory is not None:
             self._meet(purpose)
         failure, groups = None, frozenset[int]()
-        parts: Sequence[Part] = []
+        parts: Sequence[ShardedBucket] = []
         outputs: Sequence[Outputs] = []
         try:
             (self._step if self._memory is None else self._memory).check()
@@ -334,7 +334,7 @@ class Sharded:
         """Meet all ranks for a purpose; raise on all if one is there for another."""
         self._reducer.meet(purpose, 1.0)
 
-    def _exchange(self, parts: Sequence[Part], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
+    def _exchange(self, parts: Sequence[ShardedBucket], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
         """Gather the parameters of these parts; collective."""
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
         if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
@@ -453,11 +453,11 @@ class Sharded:
         owned = self._step.slices()
         return {name: owned.get(index, (0, 0)) for index, name in enumerate(self._unique_names())}
 
-    def form(self, whole: Callable[[], Mapping[str, Any]]) -> Form:
+    def form(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
         """Return this rank's part of the state by name; local, shares memory with the optimizer."""
         param_groups, names = self._optimizer.param_groups, self._unique_names()
         shapes = _shapes(param_groups, names)
-        form: Form = {
+        form: NamedState = {
             "param_groups": _named_groups(param_groups, names),
             "slices": self.slices(),
             "shapes": shapes,
@@ -476,7 +476,9 @@ class Sharded:
                     form.setdefault("whole", {}).setdefault(name, []).append(key)
         return form
 
-    def load(self, wrapper: Optimizer, form: Form, load_attributes: Callable[[Mapping[str, Any]], object]) -> None:
+    def load(
+        self, wrapper: Optimizer, form: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
+    ) -> None:
         """Load this rank's part of a state, copied; local."""
         groups = groups_of(form, wrapper.param_groups)
         with aliases_kept(self._optimizer):
@@ -491,7 +493,7 @@ class Sharded:
         """
         for pre_hook in list(wrapper._optimizer_state_dict_pre_hooks.values()):
             pre_hook(wrapper)
-        form = gather_form(self._communicator, wrapper.local_state_dict(), self._devices(), rank0_only=rank0_only)
+        form = gather_state(self._communicator, wrapper.local_state_dict(), self._devices(), rank0_only=rank0_only)
         if form is None:
             return None
         state_dict = from_named(form)
@@ -499,11 +501,11 @@ class Sharded:
             state_dict = post_hook(wrapper, state_dict) or state_dict
         return state_dict
 
-    def give_up(self, wrapper: Wrapper) -> Form | None:
+    def give_up(self, wrapper: Wrapper) -> NamedState | None:
         """Give every rank parameters of its own, and the whole state; collective. The optimizer's is empty then."""
         self._meet("detaching the optimizer")
         own = wrapper.local_state_dict()
-        form = gather_form(self._communicator, own, self._devices(), rank0_only=False, drops_torn=True)
+        form = gather_state(self._communicator, own, self._devices(), rank0_only=False, drops_torn=True)
         self._optimizer.state = defaultdict(dict)
         if self._memory is not None:
             self._memory.make_private()
@@ -516,7 +518,7 @@ class Sharded:
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         return {name: p.device for name, p in zip(self._unique_names(), parameters, strict=True)}
 
-    def _load_form(self, form: Form) -> None:
+    def _load_form(self, form: NamedState) -> None:
         """Take over the state of a form with this rank's slices; local."""
         state: dict[int, State] = {}
         for index, name in enumerate(self._unique_names()):

@@ -10,9 +10,9 @@ from torch import Tensor
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.step.facts import NUMBERS
-from dpoptim.utils.state_dict import Form, Slices, full_slices, is_slice
+from dpoptim.utils.state_dict import NamedState, Slices, full_slices, is_slice
 
-__all__ = ["gather_form", "scatter_form"]
+__all__ = ["gather_state", "scatter_state"]
 
 
 class _Slice:
@@ -22,14 +22,14 @@ class _Slice:
         self.dtype = dtype
 
 
-def gather_form(
+def gather_state(
     communicator: Communicator,
-    form: Form,
+    form: NamedState,
     devices: Mapping[str, torch.device],
     *,
     rank0_only: bool,
     drops_torn: bool = False,
-) -> Form | None:
+) -> NamedState | None:
     """Put the forms of all ranks together; collective, blocks.
 
     One tensor is collected at a time, so that a rank that keeps nothing needs memory for one.
@@ -38,7 +38,7 @@ def gather_form(
     ----------
     communicator : Communicator
         Of the ranks that hold the parts.
-    form : Form
+    form : NamedState
         This rank's; see :mod:`dpoptim.utils.state_dict`.
     devices : mapping
         Where each parameter is on this rank, by name.
@@ -54,13 +54,13 @@ def gather_form(
 
     Returns
     -------
-    Form or None
+    NamedState or None
         The full form; None on ranks that keep nothing.
     """
     keep = communicator.rank == 0 or not rank0_only
     everybody = communicator.all_gather_object((form["slices"], _outline(form), form.get("whole", {})))
     torn: list[str] = []
-    full: Form = {**form, "slices": full_slices(form["shapes"]), "state": {}, "whole": {}}
+    full: NamedState = {**form, "slices": full_slices(form["shapes"]), "state": {}, "whole": {}}
     for name, (_, numel) in full["slices"].items():
         holders = _cover([slices[name] for slices, _, _ in everybody])
         if _is_torn([everybody[rank][1].get(name) for rank in holders]):
@@ -93,16 +93,16 @@ def gather_form(
     return full if keep else None
 
 
-def scatter_form(
-    communicator: Communicator, form: Form | None, slices: Slices, devices: Mapping[str, torch.device]
-) -> Form:
+def scatter_state(
+    communicator: Communicator, form: NamedState | None, slices: Slices, devices: Mapping[str, torch.device]
+) -> NamedState:
     """Give every rank its slices of rank 0's full form; collective, blocks.
 
     Parameters
     ----------
     communicator : Communicator
         All ranks.
-    form : Form or None
+    form : NamedState or None
         The full form on rank 0; not looked at elsewhere.
     slices : Slices
         What this rank is to hold.
@@ -111,11 +111,11 @@ def scatter_form(
 
     Returns
     -------
-    Form
+    NamedState
         This rank's, with memory of its own.
     """
     outline = None if form is None else {**form, "state": _outline(form)}
-    shared: Form = communicator.broadcast_object(outline)
+    shared: NamedState = communicator.broadcast_object(outline)
     numels = {name: stop for name, (_, stop) in full_slices(shared["shapes"]).items()}
     state: dict[str, dict[str, Any]] = {}
     for name, entry in shared["state"].items():
@@ -137,7 +137,7 @@ def scatter_form(
     return {**shared, "slices": dict(slices), "state": state}
 
 
-def _outline(form: Form) -> dict[str, dict[str, Any]]:
+def _outline(form: NamedState) -> dict[str, dict[str, Any]]:
     """Return a form's state without its large tensors."""
     return {
         name: {key: _Slice(value.dtype) if is_slice(form, name, key) else value for key, value in entry.items()}

@@ -20,7 +20,7 @@ from dpoptim.step.facts import AS_THE_LOOP, FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.outer_state import OuterState
 from dpoptim.step.step_hooks import bare_step
-from dpoptim.step.units import Part, State, Unit, flat_piece, is_flat, kind_of, like_unit, part_of, runs_of
+from dpoptim.step.units import ShardedBucket, State, StepUnit, flat_piece, is_flat, kind_of, like_unit, part_of, runs_of
 
 __all__ = ["ShardedStep"]
 
@@ -39,7 +39,7 @@ class ShardedStep:
     def __init__(self, optimizer: Optimizer, *, by_element: bool) -> None:
         self._optimizer = optimizer
         self._by_element = by_element
-        self._parts: list[Part] = []
+        self._parts: list[ShardedBucket] = []
         self._state: defaultdict[Any, Any] = defaultdict(dict)  # of units
         self._is_known = is_known(type(optimizer))
         self._fused_step = _fused_step(optimizer) if by_element else None
@@ -65,7 +65,9 @@ class ShardedStep:
         if bucket.device.type != "cpu" or bucket.dtype not in AS_THE_LOOP:
             self._fused_step = None
         self._parts.append(
-            Part(bucket, parameters, group, home, by_element=self._by_element, are_parameters=not self._is_known)
+            ShardedBucket(
+                bucket, parameters, group, home, by_element=self._by_element, are_parameters=not self._is_known
+            )
         )
 
     # ---------------------------------------------------------------- the step
@@ -136,7 +138,7 @@ class ShardedStep:
             for group, fused in zip(self._optimizer.param_groups, before, strict=True):
                 group["fused"] = fused
 
-    def _are_momenta_alike(self, active: Sequence[Sequence["Unit"]]) -> bool:
+    def _are_momenta_alike(self, active: Sequence[Sequence["StepUnit"]]) -> bool:
         """Whether all units have a momentum or none has, as torch's fused kernel of SGD takes for granted."""
         if not isinstance(self._optimizer, torch.optim.SGD):
             return True
@@ -151,7 +153,7 @@ class ShardedStep:
             return method()
 
     @contextlib.contextmanager
-    def _in_place_of_parameters(self, active: Sequence[Sequence["Unit"]]) -> Iterator[None]:
+    def _in_place_of_parameters(self, active: Sequence[Sequence["StepUnit"]]) -> Iterator[None]:
         """Let units of each part stand in the optimizer instead of parameters, with their state (Note [Units])."""
         optimizer, outer_state = self._optimizer, self.outer_state
         groups = optimizer.param_groups
@@ -187,7 +189,7 @@ class ShardedStep:
                     for unit in units:
                         unit.tensor.grad = None
 
-    def _hide_gradients(self, active: Sequence[Sequence["Unit"]]) -> list[tuple[Tensor, Tensor]]:
+    def _hide_gradients(self, active: Sequence[Sequence["StepUnit"]]) -> list[tuple[Tensor, Tensor]]:
         """Take their gradients from parameters that are not stepped here, and return both."""
         stepped = {id(unit.tensor) for units in active for unit in units}
         hidden = []
@@ -198,12 +200,12 @@ class ShardedStep:
                     parameter.grad = None
         return hidden
 
-    def parts(self, buckets: Sequence[Bucket]) -> "list[Part]":
+    def parts(self, buckets: Sequence[Bucket]) -> "list[ShardedBucket]":
         """Return what stands for the parameters of these buckets when owners exchange them."""
         wanted = {id(bucket) for bucket in buckets}
         return [part for part in self._parts if id(part.bucket) in wanted]
 
-    def parts_with_gradient_but(self, buckets: Sequence[Bucket]) -> "list[Part]":
+    def parts_with_gradient_but(self, buckets: Sequence[Bucket]) -> "list[ShardedBucket]":
         """Return what stands for parameters with a gradient of other buckets than these."""
         known = {id(bucket) for bucket in buckets}
         return [
@@ -241,12 +243,12 @@ class ShardedStep:
         dtypes = [part.bucket.dtype.to_real() for part in self._parts]
         return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
-    def _units_with_gradient(self, part: "Part", gradients: Sequence[Tensor | None]) -> list["Unit"]:
+    def _units_with_gradient(self, part: "ShardedBucket", gradients: Sequence[Tensor | None]) -> list["StepUnit"]:
         """Return the units to step, with their gradients; cut those of which only some parameters have one."""
         has_gradient = [gradient is not None for gradient in gradients]
         if not any(has_gradient):
             return []
-        units: list[Unit] = []
+        units: list[StepUnit] = []
         for unit in part.units:
             flags = [has_gradient[piece.position] for piece in unit.pieces]
             units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)
@@ -255,13 +257,13 @@ class ShardedStep:
         part.load(active, gradients)
         return active
 
-    def _cut_unit(self, unit: "Unit", flags: Sequence[bool]) -> list["Unit"]:
+    def _cut_unit(self, unit: "StepUnit", flags: Sequence[bool]) -> list["StepUnit"]:
         """Cut a unit where the flags of its pieces change, with its state."""
         state = self._state.pop(unit.tensor, None)
         units = []
         for pieces in runs_of(unit.pieces, flags):
             first, numel = pieces[0].offset - unit.start, sum(piece.numel for piece in pieces)
-            cut = Unit(pieces, like_unit(unit.tensor, unit.tensor.detach()[first : first + numel]))
+            cut = StepUnit(pieces, like_unit(unit.tensor, unit.tensor.detach()[first : first + numel]))
             if state is not None:
                 self._state[cut.tensor] = {
                     key: value[first : first + numel].clone() if is_flat(value) else copy.deepcopy(value)
@@ -279,7 +281,7 @@ class ShardedStep:
             flags_of_all = [other is parameter for other in part.parameters]
             if not any(flags_of_all):
                 continue
-            units: list[Unit] = []
+            units: list[StepUnit] = []
             for unit in part.units:
                 flags = [flags_of_all[piece.position] for piece in unit.pieces]
                 units += [unit] if all(flags) or not any(flags) else self._cut_unit(unit, flags)

@@ -39,7 +39,18 @@ from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.homes import is_large
 from dpoptim.partition import Piece, picker, pieces_within, start_offsets
 
-__all__ = ["Outputs", "Part", "State", "Unit", "flat_piece", "is_flat", "kind_of", "like_unit", "part_of", "runs_of"]
+__all__ = [
+    "Outputs",
+    "ShardedBucket",
+    "State",
+    "StepUnit",
+    "flat_piece",
+    "is_flat",
+    "kind_of",
+    "like_unit",
+    "part_of",
+    "runs_of",
+]
 
 # One parameter's state on this rank: tensors of its shape as the 1-d slice that is owned, all else as it is.
 State = dict[str, Any]
@@ -47,7 +58,7 @@ State = dict[str, Any]
 Outputs = Sequence[tuple[Tensor, Sequence[int]]]
 
 
-class Unit:
+class StepUnit:
     """What the optimizer steps at once (Note [Units])."""
 
     def __init__(self, pieces: Sequence[Piece], tensor: Tensor) -> None:
@@ -57,7 +68,7 @@ class Unit:
         self.start = self.pieces[0].offset
 
 
-class Part:
+class ShardedBucket:
     """A bucket's parameters, and what of them this rank steps (Note [Where units lie])."""
 
     def __init__(
@@ -80,7 +91,7 @@ class Part:
         self._are_parameters = are_parameters
         self._home = home
         self._buffer: Tensor | None = None
-        self._mirror: _Mirror | None = None
+        self._flat_copy: FlatCopy | None = None
         self._is_loaded = False  # what this rank owns is in the buffer, as it is to be sent
         # Parameters that are stepped and gathered where they lie, each by itself.
         self._lies_apart = home is None and (
@@ -95,17 +106,17 @@ class Part:
         elif home is None:
             self._buffer = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
             own = self._buffer[self.division.start : self.division.stop]
-            self._mirror = _Mirror(own, bucket.own_pieces, bucket.shapes)
+            self._flat_copy = FlatCopy(own, bucket.own_pieces, bucket.shapes)
             parts = self._buffer.split([parameter.numel() for parameter in parameters])
             self._views = [part.view(shape) for part, shape in zip(parts, bucket.shapes, strict=True)]
             self._to_gather = [(self._buffer, self.division.counts)]
         self.units = self.new_units([None] * len(bucket.own_pieces))
 
-    def new_units(self, kinds: Sequence[Any]) -> list[Unit]:
+    def new_units(self, kinds: Sequence[Any]) -> list[StepUnit]:
         """Return one unit for each run of pieces of one kind, or for each parameter if they are not cut."""
         pieces = self.bucket.own_pieces
         if not self._by_element:
-            return [Unit([piece], self.parameters[piece.position]) for piece in pieces]
+            return [StepUnit([piece], self.parameters[piece.position]) for piece in pieces]
         if self._lies_apart:
             return [
                 self._unit([piece], flat_piece(self.parameters[piece.position].detach(), piece)) for piece in pieces
@@ -115,13 +126,13 @@ class Part:
         own = flat[self.division.start : self.division.stop]
         return [self._unit(run, own[run[0].offset : run[-1].offset + run[-1].numel]) for run in runs_of(pieces, kinds)]
 
-    def _unit(self, pieces: Sequence[Piece], tensor: Tensor) -> Unit:
+    def _unit(self, pieces: Sequence[Piece], tensor: Tensor) -> StepUnit:
         """Return a unit of this memory; a parameter, if the class of the optimizer may look."""
         if self._are_parameters:
             tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
-        return Unit(pieces, tensor)
+        return StepUnit(pieces, tensor)
 
-    def load(self, units: Sequence[Unit], gradients: Sequence[Tensor | None]) -> None:
+    def load(self, units: Sequence[StepUnit], gradients: Sequence[Tensor | None]) -> None:
         """Give the units what the parameters and these gradients are now."""
         self.load_values()
         if not self._by_element:
@@ -135,12 +146,12 @@ class Part:
 
     def load_values(self) -> None:
         """Give the units what the parameters are now."""
-        if self._by_element and self._mirror is not None:
-            self._mirror.copy_in(self.parameters)
+        if self._by_element and self._flat_copy is not None:
+            self._flat_copy.copy_in(self.parameters)
             self._is_loaded = True
 
     @torch.no_grad()
-    def take_back(self, units: Sequence[Unit]) -> None:
+    def take_back(self, units: Sequence[StepUnit]) -> None:
         """Copy the values of units that were given other memory to where they belong, and let them lie there again."""
         if not self._by_element and self._home is None:
             return  # the user's own parameters, which may lie anywhere
@@ -168,8 +179,8 @@ class Part:
             if self._are_parameters:  # its step may have given them other memory
                 self._note_moves()
         elif not self._is_loaded:
-            assert self._mirror is not None
-            self._mirror.copy_in(self.parameters)
+            assert self._flat_copy is not None
+            self._flat_copy.copy_in(self.parameters)
         return self._to_gather
 
     def gathered(self) -> None:
@@ -214,7 +225,7 @@ class Part:
                     state[unit.tensor] = entry
 
 
-class _Mirror:
+class FlatCopy:
     """Flat memory that stands for pieces of tensors, which are copied into it."""
 
     def __init__(self, flat: Tensor, pieces: Sequence[Piece], shapes: Sequence[torch.Size]) -> None:

@@ -66,7 +66,7 @@ def run_together(roll_call: RollCall, purpose: str, function: Callable[[], _T]) 
             raise
         error = caught
     try:
-        roll_call.answer(purpose, 1.0)
+        roll_call.check_in(purpose, 1.0)
     except RuntimeError:
         if error is None:
             raise

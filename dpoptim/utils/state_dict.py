@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from dpoptim.partition import even_counts, owners_by_size, start_offsets
 
 __all__ = [
-    "Form",
+    "NamedState",
     "Slices",
     "from_named",
     "full_slices",
@@ -47,7 +47,7 @@ __all__ = [
     "unshard",
 ]
 
-Form = dict[str, Any]
+NamedState = dict[str, Any]
 Slices = dict[str, tuple[int, int]]
 _Shapes = Mapping[str, Sequence[int]]
 
@@ -88,7 +88,7 @@ def slices_by_parameter(shapes: _Shapes, world_size: int) -> list[Slices]:
     return slices
 
 
-def is_slice(form: Form, name: str, key: str) -> bool:
+def is_slice(form: NamedState, name: str, key: str) -> bool:
     """Whether a value of a form's state is a slice of a tensor of the parameter's shape."""
     value = form["state"][name][key]
     start, stop = form["slices"][name]
@@ -115,7 +115,7 @@ def unique_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]
 
 def to_named(
     state_dict: Mapping[str, Any], shapes: Sequence[Sequence[int]], names: Sequence[str] | None = None
-) -> Form:
+) -> NamedState:
     """Turn the ``state_dict()`` of a torch optimizer into a full form.
 
     Parameters
@@ -142,7 +142,7 @@ def to_named(
     for group in groups:
         own = [next(rest) for _ in group["params"]]
         named_groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": own})
-    form: Form = {
+    form: NamedState = {
         **{key: value for key, value in state_dict.items() if key not in _OWN_ENTRIES},
         "param_groups": named_groups,
         "slices": full_slices(by_name),
@@ -162,7 +162,7 @@ def to_named(
     return {**form, "unnamed": unnamed} if unnamed else form
 
 
-def from_named(form: Form) -> dict[str, Any]:
+def from_named(form: NamedState) -> dict[str, Any]:
     """Turn a full form into the ``state_dict()`` of a torch optimizer, parameters numbered in the order of groups.
 
     Raises
@@ -191,7 +191,7 @@ def from_named(form: Form) -> dict[str, Any]:
     return {**others, "state": {**dict(sorted(state.items())), **form.get("unnamed", {})}, "param_groups": groups}
 
 
-def groups_of(form: Form, param_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def groups_of(form: NamedState, param_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a form's groups as torch loads them: parameters by number, ``param_names`` as these groups have them."""
     start = 0
     groups = []
@@ -203,7 +203,7 @@ def groups_of(form: Form, param_groups: Sequence[Mapping[str, Any]]) -> list[dic
     return groups
 
 
-def load_full_form(optimizer: Optimizer, form: Form) -> None:
+def load_full_form(optimizer: Optimizer, form: NamedState) -> None:
     """Load a full form into an optimizer that holds everything, in the dtypes that the form has.
 
     torch converts what it loads to the parameter's dtype, also the float32 scalars of ASGD and NAdam; that is put back,
@@ -223,17 +223,17 @@ def load_full_form(optimizer: Optimizer, form: Form) -> None:
 # ------------------------------------------------------------------------------------------ from slices to slices
 
 
-def shard(form: Form, slices: Slices) -> Form:
+def shard(form: NamedState, slices: Slices) -> NamedState:
     """Return the part of a full form that a rank with these slices holds; its tensors are copies."""
     return reshard([form], slices)
 
 
-def unshard(forms: Iterable[Form]) -> Form:
+def unshard(forms: Iterable[NamedState]) -> NamedState:
     """Put the forms of all ranks together to a full one; they are taken one after another."""
     return reshard(forms, None)
 
 
-def reshard(forms: Iterable[Form], slices: Slices | None) -> Form:
+def reshard(forms: Iterable[NamedState], slices: Slices | None) -> NamedState:
     """Collect what a rank with these slices holds from forms with others, of any number of ranks.
 
     The forms are taken one after another and none is kept, so that a generator that reads them from somewhere needs
@@ -241,7 +241,7 @@ def reshard(forms: Iterable[Form], slices: Slices | None) -> Form:
 
     Parameters
     ----------
-    forms : iterable of Form
+    forms : iterable of NamedState
         Of all ranks of the old run, in any order.
     slices : Slices or None
         What to hold; all if None.
@@ -251,7 +251,7 @@ def reshard(forms: Iterable[Form], slices: Slices | None) -> Form:
     ValueError
         No form was given, they are about different parameters, or together they lack elements that are wanted.
     """
-    result: Form | None = None
+    result: NamedState | None = None
     covered: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for form in forms:
         if result is None:
@@ -271,7 +271,11 @@ def reshard(forms: Iterable[Form], slices: Slices | None) -> Form:
 
 
 def _take(
-    result: Form, form: Form, name: str, entry: dict[str, Any], covered: dict[tuple[str, str], list[tuple[int, int]]]
+    result: NamedState,
+    form: NamedState,
+    name: str,
+    entry: dict[str, Any],
+    covered: dict[tuple[str, str], list[tuple[int, int]]],
 ) -> None:
     """Copy what is wanted of one parameter's state."""
     (old_start, old_stop), (new_start, new_stop) = form["slices"][name], result["slices"][name]
@@ -292,7 +296,7 @@ def _take(
             covered[name, key].append((start, stop))
 
 
-def _empty_like(form: Form, slices: Slices) -> Form:
+def _empty_like(form: NamedState, slices: Slices) -> NamedState:
     if slices.keys() != form["shapes"].keys():
         different = sorted(slices.keys() ^ form["shapes"].keys())[0]
         raise ValueError(f"slices must name the parameters of the forms, but '{different}' is in one of them only")
@@ -314,7 +318,7 @@ def _check_covered(wanted: tuple[int, int], parts: list[tuple[int, int]], name: 
         raise ValueError(f"no form has element {reached} of '{key}' of parameter '{name}': give the forms of all ranks")
 
 
-def _holds(form: Form, name: str) -> bool:
+def _holds(form: NamedState, name: str) -> bool:
     """Whether a form is to have state of a parameter; of one without elements every form has it."""
     start, stop = form["slices"][name]
     return bool(start < stop) or math.prod(form["shapes"][name]) == 0

@@ -100,7 +100,7 @@ def _bucket_in(memory, *, division=None):
     def shape_numel(shape):
         return torch.Size(shape).numel()
 
-    homes = bucket.lie_in(tensor_at)
+    homes = bucket.use_memory(tensor_at)
     assert list(homes) == [8]
     return bucket, homes[8]
 
@@ -115,7 +115,7 @@ def _made(home, value):
     parameter = torch.nn.Parameter(torch.zeros(_LARGE_NUMEL // 256, 256))
     home.before_adding(parameter, torch.ones_like(parameter))
     parameter.grad = torch.full_like(parameter, value)
-    home.take_in(parameter)
+    home.adopt(parameter)
     return parameter.grad
 
 
@@ -211,5 +211,5 @@ def test_only_what_autograd_has_just_made_moves(memory, kind):
         parameter.grad = gradient
     home.before_adding(parameter, torch.ones_like(parameter))
     parameter.grad = gradient
-    home.take_in(parameter)
+    home.adopt(parameter)
     assert parameter.grad is gradient

@@ -33,7 +33,7 @@ from dpoptim.utils.checkpoint.index import Index
 from dpoptim.utils.checkpoint.loading import open_checkpoint
 from dpoptim.utils.checkpoint.saving import save_contents
 from dpoptim.utils.checkpoint.tree import decode
-from dpoptim.utils.state_dict import Form, to_named
+from dpoptim.utils.state_dict import NamedState, to_named
 
 __all__ = ["export_checkpoint", "import_checkpoint"]
 
@@ -72,7 +72,7 @@ def import_checkpoint(source: Path, target: Path) -> None:
     if not isinstance(everything, dict) or not all(isinstance(name, str) for name in everything):
         raise CheckpointError(f"{source} must hold a dict such as {{'model': ..., 'optimizer': ...}}")
     modules: dict[str, dict[str, Any]] = {}
-    optimizers: dict[str, Form] = {}
+    optimizers: dict[str, NamedState] = {}
     values: dict[str, Any] = {}
     for name, part in everything.items():
         if isinstance(part, Mapping) and {"state", "param_groups"} <= part.keys():
@@ -110,7 +110,7 @@ def _optimizer_state(stored: Mapping[str, Any], reader: Reader, *, by_name: bool
     return {"state": {numbers[name]: entry for name, entry in state.items()}, "param_groups": own}
 
 
-def _form(part: Mapping[str, Any], model: Mapping[str, Any]) -> Form:
+def _form(part: Mapping[str, Any], model: Mapping[str, Any]) -> NamedState:
     """Turn an optimizer's state of either format into a form; shapes are the model's, else those of its state."""
     groups = part["param_groups"]
     parameters = [parameter for group in groups for parameter in group["params"]]

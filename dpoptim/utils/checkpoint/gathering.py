@@ -28,7 +28,7 @@ from dpoptim.utils.checkpoint.plan import Holding, Intervals, divide_held, divid
 from dpoptim.utils.checkpoint.ranks import Ranks, attempt, together
 from dpoptim.utils.checkpoint.rng import get_rng
 from dpoptim.utils.checkpoint.tree import encode, tensor_names
-from dpoptim.utils.state_dict import Form
+from dpoptim.utils.state_dict import NamedState
 from dpoptim.version import __version__
 
 __all__ = ["Contents", "gather", "gather_converted"]
@@ -94,7 +94,7 @@ def gather(ranks: Ranks, path: Path, parts: Mapping[str, Any]) -> Contents:
 
 
 def gather_converted(
-    modules: Mapping[str, Mapping[str, Any]], optimizers: Mapping[str, Form], values: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Any]], optimizers: Mapping[str, NamedState], values: Mapping[str, Any]
 ) -> Contents:
     """Return a checkpoint of one process, of what another format held; local."""
     tensors: dict[str, Tensor] = {}

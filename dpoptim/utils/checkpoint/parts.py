@@ -17,7 +17,7 @@ from dpoptim.utils.checkpoint.files import Reader
 from dpoptim.utils.checkpoint.index import StoredTensor
 from dpoptim.utils.checkpoint.tree import decode, encode
 from dpoptim.utils.consistency import digest
-from dpoptim.utils.state_dict import Form, Slices, full_slices, is_slice, load_full_form, to_named, unique_names
+from dpoptim.utils.state_dict import NamedState, Slices, full_slices, is_slice, load_full_form, to_named, unique_names
 
 __all__ = [
     "ModuleState",
@@ -147,7 +147,7 @@ def collect_optimizer(part: str, optimizer: Optimizer, module: nn.Module | None)
     return collect_form(part, _local_form(optimizer, names), _class_name(optimizer), dtypes)
 
 
-def collect_form(part: str, form: Form, class_name: str | None, dtypes: Mapping[str, str]) -> OptimizerState:
+def collect_form(part: str, form: NamedState, class_name: str | None, dtypes: Mapping[str, str]) -> OptimizerState:
     """Collect a form; class and dtypes of the parameters are None and empty where they are not known."""
     names = [name for group in form["param_groups"] for name in group["params"]]
     whole: dict[str, Tensor] = {}
@@ -228,7 +228,7 @@ def load_optimizer(optimizer: Optimizer, module: nn.Module | None, reader: Reade
             value = state[name][key] = decode(tree, reader.read)
             if isinstance(value, Tensor) and tuple(value.shape) == (stop - start,):
                 whole.setdefault(name, []).append(key)
-    form: Form = {
+    form: NamedState = {
         **decode(stored["others"], reader.read),
         "param_groups": [{**g, "params": own} for g, own in zip(groups, own_groups, strict=True)],
         "slices": slices,
@@ -239,11 +239,11 @@ def load_optimizer(optimizer: Optimizer, module: nn.Module | None, reader: Reade
     _load_local_form(optimizer, names, form)
 
 
-def _local_form(optimizer: Any, names: Sequence[str]) -> Form:
+def _local_form(optimizer: Any, names: Sequence[str]) -> NamedState:
     """Return the optimizer's form under these names."""
     if not hasattr(optimizer, "local_state_dict"):
         return to_named(optimizer.state_dict(), [p.shape for p in _parameters(optimizer)], names)
-    form: Form = optimizer.local_state_dict()
+    form: NamedState = optimizer.local_state_dict()
     theirs = [name for group in form["param_groups"] for name in group["params"]]
     return _renamed(form, dict(zip(theirs, names, strict=True)))
 
@@ -256,7 +256,7 @@ def _local_slices(optimizer: Any, names: Sequence[str]) -> Slices | None:
     return dict(zip(names, (slices[name] for name in _own_names(optimizer)), strict=True))
 
 
-def _load_local_form(optimizer: Any, names: Sequence[str], form: Form) -> None:
+def _load_local_form(optimizer: Any, names: Sequence[str], form: NamedState) -> None:
     if hasattr(optimizer, "load_local_state_dict"):
         optimizer.load_local_state_dict(_renamed(form, dict(zip(names, _own_names(optimizer), strict=True))))
         return
@@ -272,7 +272,7 @@ def _own_names(optimizer: Any) -> list[str]:
     return [name for group in optimizer.local_state_dict()["param_groups"] for name in group["params"]]
 
 
-def _renamed(form: Form, new: Mapping[str, str]) -> Form:
+def _renamed(form: NamedState, new: Mapping[str, str]) -> NamedState:
     by_name = {key: {new[name]: v for name, v in form[key].items()} for key in ("slices", "shapes", "state")}
     if "whole" in form:
         by_name["whole"] = {new[name]: keys for name, keys in form["whole"].items()}

@@ -57,7 +57,7 @@ def meet(comm: Any, parts: Iterable[Any], purpose: str) -> Ranks:
             if comm is not None or _has_mpi():
                 raise
             return ONE_PROCESS
-    roll_call.answer(purpose, 1.0)
+    roll_call.check_in(purpose, 1.0)
     return roll_call.communicator
 
 

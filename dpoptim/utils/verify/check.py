@@ -102,7 +102,7 @@ def verify_step(
         why = " (DASO's nodes differ between exchanges, as no one process does)" * hasattr(opt, "end_epoch")
         raise TypeError(f"opt must be a DataParallelOptimizer, got {type(opt).__name__}{why}")
     roll_call: RollCall = opt.roll_call
-    roll_call.answer("verify_step", 1.0)
+    roll_call.check_in("verify_step", 1.0)
     raise_together(roll_call.communicator, _argument_error(opt, model, loss_fn, num_steps, before_step))
     with untouched(model), emptied(*global_step_hooks()):
         check = _Check(opt, model, loss_fn, batch, before_step, with_closure)
@@ -199,7 +199,7 @@ class _Check:
         if self._wrapped is None:
             return
         with contextlib.suppress(RuntimeError) if after_error else contextlib.nullcontext():
-            self._opt.roll_call.answer("the end of verify_step", 1.0)
+            self._opt.roll_call.check_in("the end of verify_step", 1.0)
             self._wrapped.optimizer.detach()
 
     # ---------------------------------------------------------------- how
