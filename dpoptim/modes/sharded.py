@@ -124,13 +124,13 @@ class _Prepared:
     """How the parameters are gathered that these outputs are of."""
 
     outputs: Sequence[Outputs]
-    defers: bool
+    is_deferred: bool
     start: Callable[[], Sequence[Work]]
 
-    def is_for(self, outputs: Sequence[Outputs], *, defers: bool) -> bool:
+    def is_for(self, outputs: Sequence[Outputs], *, is_deferred: bool) -> bool:
         """Whether nothing has changed."""
         is_same = len(outputs) == len(self.outputs) and all(map(is_, outputs, self.outputs))
-        return is_same and defers == self.defers
+        return is_same and is_deferred == self.is_deferred
 
 
 class Sharded:
@@ -330,19 +330,20 @@ class Sharded:
         if not self._is_known:
             agree_on_numbers(self._optimizer, self._communicator, groups)
 
-    def _meet(self, purpose: str) -> None:
-        """Meet all ranks for a purpose; raise on all if one is there for another."""
-        self._reducer.meet(purpose, 1.0)
+    def _meet(self, purpose: str) -> float:
+        """Meet all ranks for a purpose and return how many they are; raise on all if one is there for another."""
+        return self._reducer.meet(purpose, 1.0)
 
-    def _exchange(self, parts: Sequence[ShardedBucket], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
+    def _exchange(self, parts: Sequence[ShardedBucket], outputs: Sequence[Outputs], meet: Callable[[], float]) -> None:
         """Gather the parameters of these parts; collective."""
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
-        if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
-            works = self._start_gathers(outputs, defers=True)
-            self._communicator.announce_by(meet)
-        else:
-            meet()
-            works = self._start_gathers(outputs, defers=False)
+        batch = self._communicator.batch(sum(map(len, outputs)) if on_host else None)
+        works: list[Work] = []
+
+        def start(_: float) -> None:
+            works.extend(self._start_gathers(outputs, is_deferred=batch.is_deferred))
+
+        batch.open(start, meet)
         for work in works:
             work.wait()
         for part in parts:
@@ -359,11 +360,11 @@ class Sharded:
         rank, text = next((rank, text) for rank, text in enumerate(failures) if text is not None)
         raise raised_on_all_ranks(RuntimeError(f"rank {rank} had a step that failed: {text}"))
 
-    def _start_gathers(self, outputs: Sequence[Outputs], *, defers: bool) -> Sequence[Work]:
+    def _start_gathers(self, outputs: Sequence[Outputs], *, is_deferred: bool) -> Sequence[Work]:
         prepared = self._prepared
-        if prepared is None or not prepared.is_for(outputs, defers=defers):
+        if prepared is None or not prepared.is_for(outputs, is_deferred=is_deferred):
             start = self._communicator.prepare_all_gathers([output for some in outputs for output in some])
-            prepared = self._prepared = _Prepared(outputs, defers, start)
+            prepared = self._prepared = _Prepared(outputs, is_deferred, start)
         return prepared.start()
 
     # ---------------------------------------------------------------- gradients
