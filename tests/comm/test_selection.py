@@ -1,0 +1,78 @@
+"""Which transport carries what: rows of the table, when a node's memory is set up, and what there is between ranks."""
+
+import pytest
+import torch
+
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.node.alone import Alone
+from dpoptim.comm.selection import Found, Route, calls_for_memory
+
+ALL, SUM = ("all_reduce", "reduce_scatter", "all_gather"), "all_reduce"
+
+
+def _tensor(num_bytes, dtype=torch.uint8):
+    return torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
+
+
+def test_a_route_has_sizes():
+    route = Route(Alone(), least_bytes=8, most_bytes=16)
+    assert [n for n in range(0, 32, 4) if route.carries(SUM, _tensor(n), may_wait=False)] == [8, 12, 16]
+
+
+def test_a_route_has_collectives():
+    route = Route(Alone(), frozenset({SUM, "all_gather"}))
+    assert [name for name in ALL if route.carries(name, _tensor(8), may_wait=False)] == [SUM, "all_gather"]
+
+
+def test_a_route_may_be_for_what_may_wait():
+    route = Route(Alone(), if_it_may_wait=True)
+    assert [route.carries(SUM, _tensor(8), may_wait=may_wait) for may_wait in (False, True)] == [False, True]
+
+
+def test_memory_sums_what_torch_adds_and_gathers_anything():
+    route = Route(Alone(), in_memory=True)
+    carried = {
+        dtype: [name for name in ALL if route.carries(name, _tensor(8, dtype), may_wait=False)]
+        for dtype in (torch.float32, torch.bfloat16, torch.uint16, torch.bool)
+    }
+    gathered = ["all_gather"]
+    assert list(carried.values()) == [list(ALL), list(ALL), gathered, gathered]
+    assert not route.carries(SUM, torch.empty(3, device="meta"), may_wait=False)
+
+
+def test_the_first_route_that_carries_it_is_taken():
+    small, large, rest = Alone(), Alone(), Alone()
+    found = Found([Route(large, least_bytes=100, in_memory=True), Route(small, most_bytes=10), Route(rest)])
+    taken = [found.transport(SUM, _tensor(n), may_wait=False) for n in (0, 10, 11, 100)]
+    assert [[small, large, rest].index(transport) for transport in taken] == [0, 0, 2, 1]
+    assert found.transport(SUM, torch.empty(100, dtype=torch.bool), may_wait=False) is rest
+
+
+@pytest.mark.parametrize(
+    ("collective", "num_bytes", "dtype", "may_wait", "sleeps", "expected"),
+    [
+        (SUM, 1 << 20, torch.float32, False, False, True),
+        (SUM, 16, torch.float32, False, False, False),
+        (SUM, 16, torch.float32, True, False, True),
+        (SUM, 16, torch.float32, False, True, True),
+        ("all_gather", 16, torch.float32, False, True, False),
+        (SUM, 1 << 20, torch.uint16, False, False, False),
+        ("all_gather", 1 << 20, torch.uint16, False, False, True),
+    ],
+)
+def test_memory_is_set_up_for_what_may_go_through_it(collective, num_bytes, dtype, may_wait, sleeps, expected):
+    tensor = _tensor(num_bytes, dtype)
+    assert calls_for_memory(collective, tensor, may_wait=may_wait, sleeps=sleeps) == expected
+
+
+@pytest.mark.parallel
+def test_why_there_is_no_memory_is_a_reason_or_none(world):
+    everybody = Communicator(world)
+    alone = everybody.split(world.rank)
+    reasons = everybody.why_no_node_memory(), everybody.why_no_peer_memory()
+    of_one = alone.why_no_node_memory(), alone.why_no_peer_memory()
+    everybody.free()
+    alone.free()
+    assert of_one == ("every rank is alone on its node",) * 2
+    assert (reasons[0] == of_one[0]) == (world.size == 1)
+    assert len(set(world.allgather(reasons))) == 1
