@@ -102,7 +102,7 @@ class DataParallelOptimizer(StateAccess):
     values of no meaning in the rest: use :meth:`clip_grad_norm_` instead of torch's (``clip_grad_value_`` and
     ``GradScaler`` work). The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
     use :meth:`full_state_dict` or :mod:`dpoptim.utils.checkpoint`. Optimizers that treat each element by itself are
-    divided by element: those of torch but Adafactor and Muon, which are divided by whole parameter. What another class
+    sharded by element: those of torch but Adafactor and Muon, which are sharded by whole parameter. What another class
     does is tried out at construction (Note [Probing] in divisibility.py). The class may say so itself by an attribute
     of its own: ``is_elementwise = True`` (by element) or ``False`` (by whole parameter), ``is_divisible = False``.
     LBFGS, SparseAdam and classes that couple parameters, draw random numbers, need a closure or wrap another optimizer
@@ -358,7 +358,7 @@ class DataParallelOptimizer(StateAccess):
             On every rank, if one is elsewhere or has left the program.
         """
         weight = self._reducer.batch_weight if weight is None else weight
-        total_weight = self._reducer.meet("averaging a number", weight)
+        total_weight = self._meet_all("averaging a number", weight)
         total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
         self._communicator.all_reduce(total)
         return total.item() / total_weight
@@ -381,7 +381,7 @@ class DataParallelOptimizer(StateAccess):
     def detach(self) -> None:
         """End data parallelism: take the hooks off the parameters and free the communicator; collective.
 
-        Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was divided is put
+        Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was sharded is put
         together in the wrapped optimizer of every rank, and parameters that a node shared become each rank's own. From
         then on ``step`` is the wrapped optimizer's, and whatever is collective an error. A second call does nothing.
         """
@@ -434,6 +434,10 @@ class DataParallelOptimizer(StateAccess):
         for name in vars(self).keys() - vars(made).keys() - {"step"}:  # a subclass's own; a scheduler's step is self's
             made.__dict__[name] = vars(self)[name]
         return made
+
+    def _meet_all(self, purpose: str, weight: float) -> float:
+        """Meet all ranks for a purpose; collective. Return the sum of their weights."""
+        return self._reducer.meet(purpose, weight)
 
     def _count_batch(self, closure: Callable[[], Any] | None = None) -> bool:
         """Count a batch, unless it is the last that a step is made of; local. Return whether it was counted."""

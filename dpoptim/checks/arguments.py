@@ -89,7 +89,7 @@ def _argument_error(
 
 
 def _division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
-    """Return what is wrong with how the step is to be divided, if anything is."""
+    """Return what is wrong with how the step is to be sharded, if anything is."""
     for name, value in (("shard", shard), ("node_shared", node_shared)):
         if not isinstance(value, bool):
             return TypeError(f"{name} must be True or False, got {value!r}")
@@ -118,7 +118,7 @@ def already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
 
 
 def memory_error(parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
-    """Return an error if parameters can't be divided among ranks for where they, or their gradients, lie. Local."""
+    """Return an error if parameters can't be sharded among ranks for where they, or their gradients, lie. Local."""
     seen: dict[int, str] = {}
     for parameter, name in zip(parameters, names, strict=True):
         if id(parameter) in seen:
@@ -190,11 +190,11 @@ def check_closure(optimizer: Optimizer, closure: object) -> None:
 
 
 def check_same_parameters(
-    groups: Sequence[Mapping[str, Any]], known: Sequence[Sequence[Tensor]], *, are_divided: bool
+    groups: Sequence[Mapping[str, Any]], known: Sequence[Sequence[Tensor]], *, are_sharded: bool
 ) -> None:
     """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced. Local.
 
-    Where they are divided, each must be in the group that it was in.
+    Where they are sharded, each must be in the group that it was in.
     """
     now = [group["params"] for group in groups]
     if len(now) == len(known) and all(
@@ -204,7 +204,7 @@ def check_same_parameters(
         return
     parameters, before = list(chain.from_iterable(now)), list(chain.from_iterable(known))
     if len(parameters) == len(before) and all(map(is_, parameters, before)):
-        if not are_divided:
+        if not are_sharded:
             return
         raise RuntimeError(
             "parameters were moved to another group, which a divided step does not follow: detach() this optimizer, on "

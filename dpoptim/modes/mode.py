@@ -166,7 +166,7 @@ class Replicated:
 
     def check_step(self, wrapper: Optimizer, taken_over: Sequence[Sequence[Tensor]]) -> None:
         """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced; local."""
-        check_same_parameters(wrapper.param_groups, taken_over, are_divided=False)
+        check_same_parameters(wrapper.param_groups, taken_over, are_sharded=False)
 
     def check_inner_step(self, stepped: Optimizer) -> None:
         """Do nothing: its gradients and its state are whole."""

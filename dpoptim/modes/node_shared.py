@@ -12,7 +12,7 @@ from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.node_memory import NodeMemory
-from dpoptim.modes.sharded_stepping import ShardedStepping, Stepped, described
+from dpoptim.modes.sharded_stepping import ShardedStepping, Stepped, in_words
 
 __all__ = ["NodeShared"]
 
@@ -67,7 +67,7 @@ class NodeShared(ShardedStepping):
         (num_failed,) = self._communicator.start_sum([failure is not None]).wait()
         if not num_failed:
             return
-        failures = self._communicator.all_gather_object(None if failure is None else described(failure))
+        failures = self._communicator.all_gather_object(None if failure is None else in_words(failure))
         if failure is not None:
             raise raised_on_all_ranks(failure)
         rank, text = next((rank, text) for rank, text in enumerate(failures) if text is not None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.parameter_exchange import ParameterExchange
-from dpoptim.modes.sharded_stepping import ShardedStepping, Stepped, described
+from dpoptim.modes.sharded_stepping import ShardedStepping, Stepped, in_words
 from dpoptim.step.units import Outputs, ShardedBucket
 
 __all__ = ["Sharded"]
@@ -54,7 +54,7 @@ class Sharded(ShardedStepping):
         except Exception as error:  # raised below, when the others have heard of it
             failure = error
         if failure is not None:
-            self._meet(f"{purpose} that failed: {described(failure)}")
+            self._meet(f"{purpose} that failed: {in_words(failure)}")
             raise failure
         self._exchange.exchange(parts, outputs, lambda: self._meet(purpose))
         return groups

@@ -35,7 +35,7 @@ from dpoptim.step.inner_step import InnerStep
 from dpoptim.step.sharded_step import ShardedStep
 from dpoptim.utils.state_dict import NamedState, Slices
 
-__all__ = ["ShardedStepping", "Stepped", "described"]
+__all__ = ["ShardedStepping", "Stepped", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class ShardedStepping(ABC):
 
     def check_step(self, wrapper: Optimizer, taken_over: Sequence[Sequence[Tensor]]) -> None:
         """Raise ``RuntimeError`` if parameters were moved or replaced, or another optimizer makes the step; local."""
-        check_same_parameters(wrapper.param_groups, taken_over, are_divided=True)
+        check_same_parameters(wrapper.param_groups, taken_over, are_sharded=True)
         check_not_stepped_by_another(wrapper)
 
     def check_inner_step(self, stepped: Optimizer) -> None:
@@ -289,6 +289,6 @@ class ShardedStepping(ABC):
         return whole
 
 
-def described(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """Return what other ranks are told of an error."""
     return f"{type(error).__name__}: {error}"

@@ -45,7 +45,7 @@ class StateAccess(WrappingOptimizer):
         Raises
         ------
         RuntimeError
-            The state is divided among ranks (``shard``, ``node_shared``).
+            The state is sharded among ranks (``shard``, ``node_shared``).
         """
         self._mode.check_has_whole_state()
         return self._whole_state_dict()
