@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from dpoptim.checks.alike import qualified_name
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.daso.arguments import argument_error, check_settings, nodes_of
+from dpoptim.daso.arguments import argument_error, check_settings, checked_loss, nodes_of
 from dpoptim.daso.exchange import Exchange
 from dpoptim.daso.phase_hook import PhaseHook
 from dpoptim.daso.scaler import agree_on_scale, unscales_for_step
@@ -379,14 +379,7 @@ class DASO(DataParallelOptimizer):
         return self._roll_call.check_in(self._place(purpose), weight)
 
     def _mean_loss(self, loss: SupportsFloat) -> float:
-        own = float("nan")
-        error: Exception | None = None
-        try:
-            own = float(loss.detach() if isinstance(loss, Tensor) else loss)
-            if not math.isfinite(own):
-                error = ValueError(f"loss must be finite, got {own}: training has diverged")
-        except (TypeError, ValueError, RuntimeError) as caught:
-            error = caught
+        own, error = checked_loss(loss)
         mean = self.mean(own, weight=1.0)
         if not math.isfinite(mean):
             raise_together(self._communicator, error)
