@@ -2,11 +2,8 @@
 
 A hook is called as ``hook(communicator, bucket)`` on all ranks, for the same bucket, in the same order. It starts the
 sum of ``bucket.flat`` over all ranks, in place, and returns the :class:`~dpoptim.comm.work.Work` that ends it.
-The gradients in it are scaled beforehand, so that their sum is the mean; a hook with a true attribute ``scales`` may
-get them unscaled and multiplies with ``bucket.scale`` itself, which is 1 if they are scaled. One that has a true
-attribute ``defers`` as well does nothing but start a sum of the communicator's with this scale; it may be called before
-all ranks have answered (:meth:`~dpoptim.comm.communicator.Communicator.announce_by`). Any other may block or not;
-``bucket.flat`` is its own until ``Work.wait`` returns, and must then hold the same bits on every rank.
+The gradients in it are scaled beforehand, so that their sum is the mean. A hook may block or not; ``bucket.flat``
+belongs to it until ``Work.wait`` returns, and must then hold the same bits on every rank.
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
 only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func:`sum_over_ranks` does what is needed.
@@ -18,38 +15,9 @@ from torch import Tensor
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.work import Work
 from dpoptim.gradients.bucket import Bucket
-from dpoptim.gradients.comm_hook import CommHook
+from dpoptim.gradients.comm_hook import CommHook, allreduce, sum_over_ranks
 
 __all__ = ["CommHook", "allreduce", "bf16_compress", "fp16_compress", "sum_over_ranks"]
-
-
-def allreduce(communicator: Communicator, bucket: Bucket) -> Work:
-    """Sum gradients as they are (the default); collective."""
-    return sum_over_ranks(communicator, bucket, bucket.flat, scale=bucket.scale)
-
-
-allreduce.scales = True  # type: ignore[attr-defined]
-allreduce.defers = True  # type: ignore[attr-defined]
-
-
-def sum_over_ranks(communicator: Communicator, bucket: Bucket, flat: Tensor, *, scale: float = 1.0) -> Work:
-    """Start the sum of ``scale * flat`` in place: all of it, or where the bucket is divided each owner's part.
-
-    Collective. ``flat`` belongs to the communicator until ``Work.wait`` returns.
-
-    Parameters
-    ----------
-    flat : Tensor, numel of the bucket
-        ``bucket.flat``, or what stands for it on the wire.
-    scale : float
-        This rank's factor.
-    """
-    division = bucket.division
-    if division is None:
-        return communicator.all_reduce(flat, scale=scale, async_op=True)
-    own = bucket.own if flat is bucket.flat else flat[division.start : division.stop]
-    reduce_scatter = communicator.reduce_scatter_in_node if division.in_node else communicator.reduce_scatter
-    return reduce_scatter(own, flat, counts=division.counts, scale=scale, async_op=True)
 
 
 def bf16_compress(communicator: Communicator, bucket: Bucket) -> Work:

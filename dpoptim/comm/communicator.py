@@ -2,28 +2,26 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpoptim.comm.batch import MeetingFirst
 from dpoptim.comm.device_memory import host_memory, on_same_stream
 from dpoptim.comm.errors import abort_on_uncaught_exception
+from dpoptim.comm.flat import check_summable, checked_counts, flat_view
 from dpoptim.comm.mpi import library
-from dpoptim.comm.mpi.messages import Messages, has_sum
-from dpoptim.comm.node.lent_memory import LentMemory
-from dpoptim.comm.node.peer_batch import MAX_NOTED
-from dpoptim.comm.node.peer_memory import PeerMemory
+from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.node.shared_memory import SharedMemory
 from dpoptim.comm.router import Router
-from dpoptim.comm.summing import is_summed_here
 from dpoptim.comm.topology import Topology
+from dpoptim.comm.transport import Batch, Memory
 from dpoptim.comm.work import DONE, Pending, Submitted, Work
-from dpoptim.partition import even_counts, start_offsets
+from dpoptim.partition import start_offsets
 
 __all__ = ["Communicator", "Work"]
-
-_Result = TypeVar("_Result")
 
 
 class Communicator:
@@ -33,11 +31,18 @@ class Communicator:
     ----------
     comm : mpi4py.MPI.Comm or heat.core.communication.MPICommunication, optional
         An intracommunicator; ``None`` is ``COMM_WORLD``. It is duplicated, so that messages of two
-        ``Communicator`` objects, or of one and its user, never meet.
+        ``Communicator`` objects, or of one and its user, never meet. (:class:`~dpoptim.comm.mpi.messages.Messages`,
+        which are a duplicate, are taken over.)
     overlap : bool
         Whether collectives started with ``async_op=True`` run on a thread of this object's own while the caller
         goes on. Needs ``MPI_THREAD_MULTIPLE``. Otherwise they are finished when the call returns, or in a node when
         the first of several is waited for (Note [Batches] in peer_memory.py).
+    patient : bool
+        Let the thread sleep between looks at a collective rather than wait in MPI, which takes a whole core. For long
+        transfers beside a computation; only together with ``overlap``.
+    polled : bool
+        Have no thread: sums and gathers with ``async_op=True`` go on while the caller calls :meth:`poll`. Only together
+        with ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
 
     Attributes
     ----------
@@ -54,12 +59,8 @@ class Communicator:
 
     max_message_bytes = 1 << 30
 
-    def __init__(self, comm: Any = None, *, overlap: bool = False) -> None:
-        self._begin(Messages(comm, self.max_message_bytes), overlap)
-
-    def _begin(self, own_messages: Messages, overlap: bool, *, patient: bool = False, polled: bool = False) -> None:
-        self._messages = own_messages
-        self.rank, self.world_size = own_messages.rank, own_messages.world_size
+    def __init__(self, comm: Any = None, *, overlap: bool = False, patient: bool = False, polled: bool = False) -> None:
+        own_messages = comm if isinstance(comm, Messages) else Messages(comm, self.max_message_bytes)
         has_thread = overlap and not polled
         if has_thread and not library.takes_threads():
             own_messages.free()
@@ -67,6 +68,8 @@ class Communicator:
                 "overlap=True needs an MPI with MPI_THREAD_MULTIPLE, this one was initialised with less: "
                 "use overlap=False"
             )
+        self._messages = own_messages
+        self.rank, self.world_size = own_messages.rank, own_messages.world_size
         self._router = Router(own_messages, patient=patient and overlap, polled=polled and overlap)
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
         if self.world_size > 1:
@@ -133,9 +136,9 @@ class Communicator:
         ValueError
             The tensor is not contiguous.
         """
-        flat = _flat(tensor)
-        _check_summable(flat.dtype)
-        return self._run(self._router.all_reduce, (flat,), scale, async_op=async_op)
+        flat = flat_view(tensor)
+        check_summable(flat.dtype)
+        return self._run(self._waiting(self._router.all_reduce, async_op=async_op), (flat,), scale, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -159,10 +162,16 @@ class Communicator:
         scale : float
             This rank's factor.
         """
-        flat = _flat(tensor)
-        _check_summable(flat.dtype)
-        counts = self._checked_counts(output, tensor, counts)
-        return self._run(self._router.reduce_scatter, (_flat(output), flat), counts, scale, async_op=async_op)
+        flat = flat_view(tensor)
+        check_summable(flat.dtype)
+        counts = self._counts(output, tensor, counts)
+        return self._run(
+            self._waiting(self._router.reduce_scatter, async_op=async_op),
+            (flat_view(output), flat),
+            counts,
+            scale,
+            async_op=async_op,
+        )
 
     def all_gather(
         self,
@@ -183,15 +192,15 @@ class Communicator:
         counts : sequence of int, optional
             Elements of each rank's part; by default as equal as possible.
         """
-        counts = self._checked_counts(tensor, output, counts)
-        flat = _flat(output)
+        counts = self._counts(tensor, output, counts)
+        flat = flat_view(output)
         if tensor is not None:
             own = flat.narrow(0, start_offsets(counts)[self.rank], counts[self.rank])
             if own.data_ptr() != tensor.data_ptr():
-                own.copy_(_flat(tensor))
-        return self._run(self._router.all_gather, (flat,), counts, async_op=async_op)
+                own.copy_(flat_view(tensor))
+        return self._run(self._waiting(self._router.all_gather, async_op=async_op), (flat,), counts, async_op=async_op)
 
-    def prepare_all_gathers(self, outputs: Sequence[tuple[Tensor, Sequence[int]]]) -> "Callable[[], Sequence[Work]]":
+    def prepare_all_gathers(self, outputs: Sequence[tuple[Tensor, Sequence[int]]]) -> Callable[[], Sequence[Work]]:
         """Return what starts :meth:`all_gather` of each of these outputs; local, calling it is collective.
 
         What can be found out beforehand is, so that it may be called at every step for little. This rank's parts are in
@@ -202,23 +211,17 @@ class Communicator:
         outputs : sequence of (Tensor, sequence of int)
             Tensors and the elements of each rank's part.
         """
-        flat = [(_flat(output), self._checked_counts(None, output, counts)) for output, counts in outputs]
-        peers = self._deferring()
-        if peers is None or not all(tensor.device.type == "cpu" for tensor, _ in flat):
-            return lambda: [self._run(self._router.all_gather, (t,), counts, async_op=True) for t, counts in flat]
-        note = peers.prepare_all_gathers(flat)
-
-        def start() -> list[Work]:
-            note()
-            return [peers]
-
-        return start
+        prepared = [(flat_view(output), self._counts(None, output, counts)) for output, counts in outputs]
+        if self._thread is None and all(tensor.device.type == "cpu" for tensor, _ in prepared):
+            return self._router.prepare_all_gathers(prepared)
+        gather = self._waiting(self._router.all_gather, async_op=True)
+        return lambda: [self._run(gather, (tensor,), counts, async_op=True) for tensor, counts in prepared]
 
     def broadcast(self, tensor: Tensor, *, root: int = 0, async_op: bool = False) -> Work:
         """Copy rank ``root``'s ``tensor`` to all ranks, in place; collective. Any dtype."""
         if not 0 <= root < self.world_size:
             raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}, got {root}")
-        return self._run(self._router.broadcast, (_flat(tensor),), root, async_op=async_op)
+        return self._run(self._router.broadcast, (flat_view(tensor),), root, async_op=async_op)
 
     def start_sum(self, numbers: Sequence[float]) -> Pending[list[float]]:
         """Start the sums of a few numbers over all ranks, in float64; collective, does not block.
@@ -228,53 +231,20 @@ class Communicator:
         """
         return self._router.start_sum(numbers)
 
-    def defers(self, count: int, dtypes: Iterable[torch.dtype]) -> bool:
-        """Whether that many sums of CPU tensors with ``async_op=True`` do nothing before the first is waited for.
-
-        Then a meeting of all ranks can serve them (:meth:`announce_by`). Not before the node's memory was first used.
-        """
-        peers = self._deferring()
-        return peers is not None and 0 < count < MAX_NOTED and all(is_summed_here(dtype.to_real()) for dtype in dtypes)
-
-    def announce_by(self, meet: Callable[[], _Result]) -> _Result:
-        """Meet all ranks by ``meet()``, so that what was deferred needs no such meeting of its own; collective.
-
-        All that was started with ``async_op=True`` was deferred (:meth:`defers`), and is waited for before more is
-        started. If the meeting fails, as it does on all ranks alike, it never begins. Returns what ``meet()`` returns.
-        """
-        peers = self._deferring()
-        assert peers is not None
-        return peers.announce_by(meet)
-
-    def divide_deferred(self, divisor: float) -> None:
-        """Divide the scales of all sums that are deferred, by the same on all ranks; local."""
-        peers = self._deferring()
-        assert peers is not None
-        peers.divide(divisor)
-
-    def _deferring(self) -> PeerMemory | None:
-        return self._router.deferring() if self._thread is None else None
-
-    def finish(self, works: Iterable[Work], numbers: Callable[[], Sequence[float]]) -> list[float]:
-        """Wait for works, then sum a few numbers over all ranks, in float64; collective, blocks.
-
-        Ranks that read each other's memory meet once less than for both by themselves.
+    def batch(self, num_collectives: int | None, dtypes: Iterable[torch.dtype] = ()) -> Batch:
+        """Return a batch of collectives that start together; local, the same kind of batch on all ranks.
 
         Parameters
         ----------
-        works : iterable of Work
-            All of this object's own that are under way, in the order in which they were started.
-        numbers : callable
-            Returns what to sum; called when the works are done, whose tensors it may read and not write to.
+        num_collectives : int or None
+            How many there will be, all of CPU tensors and with ``async_op=True``; nothing else of this object is under
+            way. None if there may be others among them: they start when all ranks have met.
+        dtypes : iterable of torch.dtype
+            Of all sums among them.
         """
-
-        def wait_and_sum() -> list[float]:
-            for work in works:
-                work.wait()
-            return self.start_sum(numbers()).wait()
-
-        peers = self._deferring()
-        return wait_and_sum() if peers is None else peers.end_by(wait_and_sum)
+        if num_collectives is None or self._thread is not None:
+            return MeetingFirst(self._router.sum_numbers)
+        return self._router.batch(num_collectives, dtypes)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending[None]:
         """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
@@ -283,7 +253,7 @@ class Communicator:
         pairs with the same call on the other ranks, not with :meth:`all_reduce`. ``tensor`` belongs to the communicator
         until ``Pending.wait`` has returned or ``Pending.test`` has returned True.
         """
-        return self._messages.start_all_reduce(_flat(tensor))
+        return self._messages.start_all_reduce(flat_view(tensor))
 
     def barrier(self) -> None:
         """Wait until all ranks are here; collective."""
@@ -312,9 +282,11 @@ class Communicator:
         RuntimeError
             On every rank, if there is no shared memory.
         """
-        flat = _flat(tensor)
+        flat = flat_view(tensor)
         counts = [2 * count for count in counts] if tensor.is_complex() else list(counts)
-        return self._run(self._router.reduce_scatter_in_node, (_flat(output), flat), counts, scale, async_op=async_op)
+        return self._run(
+            self._router.reduce_scatter_in_node, (flat_view(output), flat), counts, scale, async_op=async_op
+        )
 
     def node_barrier(self) -> None:
         """Wait until all ranks of this node are here; collective in the node."""
@@ -330,17 +302,17 @@ class Communicator:
         """
         return self._router.share_in_node(num_bytes)
 
-    def lends(self) -> bool:
-        """Whether tensors are summed faster in memory of :meth:`lend`; collective at first."""
-        return self._thread is None and self._router.lends()
+    def has_memory(self) -> bool:
+        """Whether tensors are summed faster in memory of :meth:`allocate`; collective at first."""
+        return self._thread is None and self._router.has_memory()
 
-    def lend(self, num_bytes: int) -> LentMemory | None:
-        """Return memory that all ranks map, if there is any, instead of what was lent before; collective, blocks.
+    def allocate(self, num_bytes: int) -> Memory | None:
+        """Return memory that all ranks map, if there is any, instead of what was allocated before; collective, blocks.
 
-        Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes nothing is lent
-        any more; local then, between the same collectives of all ranks. No collective is under way.
+        Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes what was
+        allocated is given back; local then, between the same collectives of all ranks. No collective is under way.
         """
-        return self._router.lend(num_bytes)
+        return self._router.allocate(num_bytes)
 
     def why_no_node_memory(self) -> str | None:
         """Return why ranks of a node don't exchange through shared memory, None if they do; collective at first."""
@@ -371,18 +343,10 @@ class Communicator:
 
         Parameters
         ----------
-        overlap : bool
+        overlap, patient, polled : bool
             As in the constructor.
-        patient : bool
-            Let the new communicator's thread sleep between looks at a collective rather than wait in MPI, which takes a
-            whole core. For long transfers beside a computation; only together with ``overlap``.
-        polled : bool
-            Have no thread: sums and gathers with ``async_op=True`` go on while the caller calls :meth:`poll`. Only
-            together with ``overlap``, and where every rank is alone on its node; elsewhere nothing overlaps then.
         """
-        made = object.__new__(Communicator)
-        made._begin(self._messages.duplicate(), overlap, patient=patient, polled=polled)
-        return made
+        return Communicator(self._messages.duplicate(), overlap=overlap, patient=patient, polled=polled)
 
     def split(
         self, color: int | None, key: int = 0, *, overlap: bool = False, patient: bool = False
@@ -396,19 +360,15 @@ class Communicator:
         key : int
             Ranks are numbered by it, then by their old rank.
         overlap, patient : bool
-            As in :meth:`duplicate`.
+            As in the constructor.
 
         Returns
         -------
         Communicator or None
             None where ``color`` is None.
         """
-        part = self._messages.split(color, key)
-        if part is None:
-            return None
-        made = object.__new__(Communicator)
-        made._begin(part, overlap, patient=patient)
-        return made
+        own_messages = self._messages.split(color, key)
+        return None if own_messages is None else Communicator(own_messages, overlap=overlap, patient=patient)
 
     def free(self) -> None:
         """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
@@ -418,16 +378,16 @@ class Communicator:
 
     # ---------------------------------------------------------------- how
 
+    def _waiting(self, collective: Callable[..., Work], *, async_op: bool) -> Callable[..., Work]:
+        """Return a collective of the router's, told whether it may be done later; the thread makes it at once."""
+        return partial(collective, may_wait=async_op and self._thread is None)
+
     def _run(self, collective: Callable[..., Work], tensors: tuple[Tensor, ...], *args: Any, async_op: bool) -> Work:
         """Run a collective of these tensors: here, on the thread, or with others as far as it can wait."""
         if self._thread is not None and async_op:
             on_stream = on_same_stream(self._run_on_host, tensors[0].device)
             return Submitted(self._thread.submit(lambda: on_stream(collective, tensors, *args).wait()))
-        self._router.may_wait = async_op
-        try:
-            work = self._run_on_host(collective, tensors, *args)
-        finally:
-            self._router.may_wait = False
+        work = self._run_on_host(collective, tensors, *args)
         if async_op:
             return work
         work.wait()
@@ -440,38 +400,5 @@ class Communicator:
             collective(*hosts, *args).wait()
         return DONE
 
-    def _checked_counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
-        """Return each rank's share in numbers of the flat view, where a complex element is two."""
-        counts = even_counts(whole.numel(), self.world_size) if counts is None else counts
-        is_valid = len(counts) == self.world_size and sum(counts) == whole.numel()
-        if not is_valid or (part is not None and counts[self.rank] != part.numel()):
-            given = "" if part is None else f" and give this rank its part ({part.numel()})"
-            raise ValueError(
-                f"counts must have one entry a rank ({self.world_size}), sum to the whole tensor ({whole.numel()})"
-                f"{given}, got {list(counts)} on rank {self.rank}"
-            )
-        if part is not None and (part.dtype != whole.dtype or part.device != whole.device):
-            raise ValueError(
-                f"the part must have the dtype and device of the whole, {whole.dtype} on {whole.device}, got "
-                f"{part.dtype} on {part.device}"
-            )
-        return tuple(2 * count for count in counts) if whole.is_complex() else tuple(counts)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """Return a 1-d view on the numbers of a contiguous tensor; complex ones as pairs of reals."""
-    if tensor.dim() == 1 and tensor.is_contiguous() and not (tensor.requires_grad or tensor.is_complex()):
-        return tensor
-    tensor = tensor.detach()
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"tensor must be contiguous, got strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
-        )
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor.view(-1)
-
-
-def _check_summable(dtype: torch.dtype) -> None:
-    if not has_sum(dtype):
-        raise TypeError(f"tensors of {dtype} have no sum over ranks: convert to a wider dtype first")
+    def _counts(self, part: Tensor | None, whole: Tensor, counts: Sequence[int] | None) -> tuple[int, ...]:
+        return checked_counts(part, whole, counts, self.rank, self.world_size)

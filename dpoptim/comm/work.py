@@ -1,9 +1,10 @@
 """Work and Pending: the two handles of a collective under way, whatever carries it."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-__all__ = ["DONE", "Pending", "Submitted", "Work"]
+__all__ = ["DONE", "Pending", "Submitted", "Together", "Work"]
 
 _Result_co = TypeVar("_Result_co", covariant=True)
 
@@ -46,3 +47,15 @@ class Submitted:
     def wait(self) -> None:
         """Block until the thread has made it."""
         self._future.result()
+
+
+class Together:
+    """Several collectives under way that make one; they were started in this order."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Block until all have ended."""
+        for work in self._works:
+            work.wait()

@@ -24,8 +24,6 @@ class PhaseHook:
 
     def __init__(self, across_nodes: CommHook) -> None:
         self._across_nodes = across_nodes
-        self.scales = getattr(across_nodes, "scales", False)
-        self.defers = getattr(across_nodes, "defers", False)
         self.node: Communicator | None = None
 
     def __call__(self, communicator: Communicator, bucket: Bucket) -> Work:

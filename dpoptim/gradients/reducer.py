@@ -43,11 +43,12 @@ from torch.autograd import Variable
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import Alike, DifferentPlacesError, RollCall
+from dpoptim.comm.transport import Batch
 from dpoptim.comm.work import Work
 from dpoptim.gradients.autograd_hooks import hear_after_adding, hear_before_adding, hear_before_making
 from dpoptim.gradients.backward_passes import BackwardPasses, common
 from dpoptim.gradients.bucket import Bucket, gradient_dtype
-from dpoptim.gradients.comm_hook import CommHook
+from dpoptim.gradients.comm_hook import CommHook, allreduce
 from dpoptim.gradients.homes import Home, is_large
 from dpoptim.gradients.sparse import sum_sparse
 from dpoptim.partition import aligned, group_by_size, start_offsets
@@ -142,6 +143,7 @@ class Reducer:
         self._passes = BackwardPasses.of(roll_call)
         self._passes.add(self._number, self)
         self._comm_hook = comm_hook
+        self._hook_is_a_sum = comm_hook is allreduce
         self._bucket_bytes = bucket_bytes
         self._sends_early = communicator.overlap
         if self._sends_early:
@@ -516,19 +518,32 @@ class Reducer:
         self._end()
 
     def _reduce_alone(self) -> None:
-        if self._scale is None and self._can_announce():
+        if self._scale is None:
             self._prepare()
-            for bucket in self._buckets:
-                self._launch(bucket, self.batch_weight)
-            self.communicator.divide_deferred(self.communicator.announce_by(self._begin))
-        elif self._scale is None:
-            self._prepare()
+        if self._sends_early:
+            self._launch_the_rest()
+        else:
+            self._batch(self._buckets).open(self._launch_all, self._begin)
+        self._take_over()
+
+    def _launch_all(self, divisor: float) -> None:
+        for bucket in self._buckets:
+            self._launch(bucket, self.batch_weight / divisor)
+
+    def _launch_the_rest(self) -> None:
+        """Launch what was not launched while backward ran; collective."""
+        if self._scale is None:
             self._begin()
-        if self._sends_early and self._order and self._passes.are_several():
+        if self._order and self._passes.are_several():
             self._meet_to_reduce(f"{self._num_no_sync} {_PASSES}, the end of a backward")
         for bucket in self._buckets[len(self._launched) :]:
             self._launch(bucket, self._scale)
-        self._take_over()
+
+    def _batch(self, buckets: Sequence[Bucket]) -> Batch:
+        """Return the batch of these buckets' sums: of the communicator's own, or of whatever a hook does."""
+        if not self._hook_is_a_sum or any(bucket.device.type != "cpu" for bucket in buckets):
+            return self.communicator.batch(None)
+        return self.communicator.batch(len(buckets), {bucket.dtype for bucket in buckets})
 
     def _take_over(self) -> None:
         """Turn buckets into gradients when they are reduced, after asking all ranks whether anything has changed."""
@@ -546,17 +561,8 @@ class Reducer:
 
     def _finish(self, launched: Sequence[tuple[Bucket, Work]], numbers: Callable[[], Sequence[float]]) -> list[float]:
         """Wait until these buckets are reduced, then sum numbers over all ranks; collective."""
-        works = [work for _, work in launched]
-        if not self._hook_defers:  # it may write to what others still read, so that it ends with meetings of its own
-            for work in works:
-                work.wait()
-            works = []
-        return self.communicator.finish(works, numbers)
-
-    @property
-    def _hook_defers(self) -> bool:
-        """Whether the hook does nothing but start sums of the communicator's."""
-        return getattr(self._comm_hook, "scales", False) and getattr(self._comm_hook, "defers", False)
+        batch = self._batch([bucket for bucket, _ in launched])
+        return batch.close([work for _, work in launched], numbers)
 
     def _flags(self, had_gradient: bytes) -> list[float]:
         """Return numbers whose sum over ranks all are told; the first says that something has changed."""
@@ -596,15 +602,6 @@ class Reducer:
         """Take note of a gradient, to see whether gradients are changed before the step."""
         gradient = self._parameters[self._had_anywhere[0]].grad if self._had_anywhere else None
         self._sample = None if gradient is None or gradient.is_sparse else (gradient, _version(gradient))
-
-    def _can_announce(self) -> bool:
-        """Whether the roll call can serve as the meeting at which the ranks of a node tell where gradients are."""
-        buckets = self._buckets
-        return (
-            self._hook_defers
-            and all(bucket.device.type == "cpu" for bucket in buckets)
-            and self.communicator.defers(len(buckets), {bucket.dtype for bucket in buckets})
-        )
 
     def _prepare(self) -> None:
         """Make gradients ready that this backward has not come to; local."""
@@ -653,7 +650,7 @@ class Reducer:
 
     def _launch(self, bucket: Bucket, scale: float | None) -> None:
         assert scale is not None
-        scaled = not getattr(self._comm_hook, "scales", False) or not self.communicator.scales_for_free
+        scaled = not (self._hook_is_a_sum and self.communicator.scales_for_free)
         if not bucket.pack(self._gradients(bucket), scale, scaled=scaled):
             self._misfit = True
         self._launched.append((bucket, self._comm_hook(self.communicator, bucket)))
@@ -759,14 +756,14 @@ class Reducer:
         """Whether the gradients of these parameters are to lie in memory that the ranks share; collective."""
         parameters = [self._parameters[index] for index in indices]
         has_large = any(is_large(p) and p.device.type == "cpu" for p in parameters)
-        return has_large and self.communicator.lends()
+        return has_large and self.communicator.has_memory()
 
     def _find_homes(self) -> None:
         """Let the gradients of the present plan lie in memory that the ranks share; collective."""
         self._leave_homes()
         buckets = [bucket for bucket in self._buckets if bucket.device.type == "cpu"]
         sizes_bytes = [aligned(bucket.numel * bucket.dtype.itemsize) for bucket in buckets]
-        lent = self.communicator.lend(sum(sizes_bytes))
+        lent = self.communicator.allocate(sum(sizes_bytes))
         if lent is None:
             return
         for bucket, start_bytes in zip(buckets, start_offsets(sizes_bytes), strict=True):
@@ -780,7 +777,7 @@ class Reducer:
             handle.remove()
         self._home_handles.clear()
         self._homes.clear()
-        self.communicator.lend(0)
+        self.communicator.allocate(0)
 
     def _exchange_reports(self, had_gradient: bytes) -> list[Report]:
         """Tell all ranks what this one has seen, and raise on all what is an error on one; collective."""

@@ -16,13 +16,13 @@ class _Prepared:
     """How the parameters are gathered that these outputs are of."""
 
     outputs: Sequence[Outputs]
-    defers: bool
+    is_deferred: bool
     start: Callable[[], Sequence[Work]]
 
-    def is_for(self, outputs: Sequence[Outputs], *, defers: bool) -> bool:
+    def is_for(self, outputs: Sequence[Outputs], *, is_deferred: bool) -> bool:
         """Whether nothing has changed."""
         is_same = len(outputs) == len(self.outputs) and all(map(is_, outputs, self.outputs))
-        return is_same and defers == self.defers
+        return is_same and is_deferred == self.is_deferred
 
 
 class ParameterExchange:
@@ -38,7 +38,7 @@ class ParameterExchange:
         self._communicator = communicator
         self._prepared: _Prepared | None = None
 
-    def exchange(self, parts: Sequence[ShardedBucket], outputs: Sequence[Outputs], meet: Callable[[], object]) -> None:
+    def exchange(self, parts: Sequence[ShardedBucket], outputs: Sequence[Outputs], meet: Callable[[], float]) -> None:
         """Gather the parameters of these parts; collective, blocks. All ranks have the same bits afterwards.
 
         Parameters
@@ -48,23 +48,24 @@ class ParameterExchange:
         outputs : sequence of Outputs
             What each part has to gather.
         meet : callable
-            Meets the other ranks before anything is waited for.
+            Meets the other ranks before anything is waited for, and returns how many they are.
         """
         on_host = all(part.bucket.device.type == "cpu" for part in parts)
-        if on_host and self._communicator.defers(sum(map(len, outputs)), ()):
-            works = self._start_gathers(outputs, defers=True)
-            self._communicator.announce_by(meet)
-        else:
-            meet()
-            works = self._start_gathers(outputs, defers=False)
+        batch = self._communicator.batch(sum(map(len, outputs)) if on_host else None)
+        works: list[Work] = []
+
+        def start(_: float) -> None:
+            works.extend(self._start_gathers(outputs, is_deferred=batch.is_deferred))
+
+        batch.open(start, meet)
         for work in works:
             work.wait()
         for part in parts:
             part.gathered()
 
-    def _start_gathers(self, outputs: Sequence[Outputs], *, defers: bool) -> Sequence[Work]:
+    def _start_gathers(self, outputs: Sequence[Outputs], *, is_deferred: bool) -> Sequence[Work]:
         prepared = self._prepared
-        if prepared is None or not prepared.is_for(outputs, defers=defers):
+        if prepared is None or not prepared.is_for(outputs, is_deferred=is_deferred):
             start = self._communicator.prepare_all_gathers([output for some in outputs for output in some])
-            prepared = self._prepared = _Prepared(outputs, defers, start)
+            prepared = self._prepared = _Prepared(outputs, is_deferred, start)
         return prepared.start()

@@ -245,9 +245,9 @@ class ShardedStepping(ABC):
         if not self._is_known:
             agree_on_numbers(self._optimizer, self._communicator, groups)
 
-    def _meet(self, purpose: str) -> None:
-        """Meet all ranks for a purpose; raise on all if one is there for another."""
-        self._reducer.meet(purpose, 1.0)
+    def _meet(self, purpose: str) -> float:
+        """Meet all ranks for a purpose and return how many they are; raise on all if one is there for another."""
+        return self._reducer.meet(purpose, 1.0)
 
     # ---------------------------------------------------------------- state
 

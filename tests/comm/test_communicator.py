@@ -7,6 +7,7 @@ import dpoptim.comm.mpi.messages
 import dpoptim.comm.node.peer_memory
 import dpoptim.comm.node.process_memory
 import dpoptim.comm.router
+import dpoptim.comm.selection
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.node.staging import StagingArea
@@ -77,8 +78,8 @@ def communicator(request, any_comm, monkeypatch):
     if nodes == "blocks":  # whose ranks share a core, and so wait asleep
         monkeypatch.setattr(dpoptim.comm.router, "available_cores", lambda: {0})
     if NODES[nodes] is not None:
-        monkeypatch.setattr(dpoptim.comm.router, "_SHARED_MEMORY_BYTES", 0)
-        monkeypatch.setattr(dpoptim.comm.router, "StagingArea", TinyStagingArea)
+        monkeypatch.setattr(dpoptim.comm.selection, "_SHARED_MEMORY_BYTES", 0)
+        monkeypatch.setattr(dpoptim.comm.selection, "StagingArea", TinyStagingArea)
         monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_WINDOW_BYTES", 192)
         monkeypatch.setattr(dpoptim.comm.node.process_memory, "_libc", ReadsALittle)
         monkeypatch.setattr(Messages, "split_node", lambda self: self.split(NODES[nodes](self.rank), self.rank))

@@ -93,7 +93,7 @@ def test_hooks_look_after_what_is_under_way(world, looked_after, monkeypatch):
     monkeypatch.setattr(PolledMessages, "poll", lambda self: looks.append(len(begun)))
     begun = []
     begin = PolledMessages.all_reduce
-    monkeypatch.setattr(PolledMessages, "all_reduce", lambda self, tensor: begun.append(tensor) or begin(self, tensor))
+    monkeypatch.setattr(PolledMessages, "all_reduce", lambda self, *args: begun.append(args) or begin(self, *args))
     model = torch.nn.Sequential(*[torch.nn.Linear(3, 3, bias=False) for _ in range(4)])
     threads = set(threading.enumerate())
     opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.parameters(), lr=0.1), overlap=True, bucket_mb=1e-6)

@@ -6,7 +6,7 @@ import torch
 import dpoptim.comm.mpi.messages
 import dpoptim.comm.node.peer_memory
 import dpoptim.comm.node.process_memory
-import dpoptim.comm.router
+import dpoptim.comm.selection
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.summing import add_others_in_order, sum_in_order
@@ -67,7 +67,7 @@ WAYS = ["messages in pieces", "polled messages in pieces", "reading", "staging",
 def way(request, world, monkeypatch):
     one_node = request.param in ("reading", "staging", "lent memory")
     monkeypatch.setattr(Messages, "split_node", lambda self: self.split(0 if one_node else self.rank, self.rank))
-    monkeypatch.setattr(dpoptim.comm.router, "_SHARED_MEMORY_BYTES", 1)
+    monkeypatch.setattr(dpoptim.comm.selection, "_SHARED_MEMORY_BYTES", 1)
     monkeypatch.setattr(dpoptim.comm.node.peer_memory, "_WINDOW_BYTES", 960)
     for name, value in (("_IN_PIECES_BYTES", 1), ("_PIECE_BYTES", 1000), ("_SHARE_BYTES", 1)):
         monkeypatch.setattr(dpoptim.comm.mpi.messages, name, value)
@@ -88,7 +88,7 @@ def _refuse(*_):
 @pytest.mark.parallel
 def test_every_way_gives_the_bits_of_the_loop(way):
     name, communicator = way
-    lent = communicator.lend(1 << 16) if name == "lent memory" else None
+    lent = communicator.allocate(1 << 16) if name == "lent memory" else None
     wrong = []
     for dtype in DTYPES:
         for numel in NUMELS:

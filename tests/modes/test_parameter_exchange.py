@@ -9,18 +9,22 @@ from dpoptim.modes.parameter_exchange import ParameterExchange
 
 
 class Log:
-    """Stands for a communicator, and notes what is done."""
+    """Stands for a communicator and its batches, and notes what is done."""
 
     def __init__(self, *, defers):
-        self.done, self._defers = [], defers
+        self.done, self.defers = [], defers
 
-    def defers(self, count, dtypes):
-        assert (count, dtypes) == (3, ())
-        return self._defers
+    def batch(self, num_collectives):
+        self.done.append(f"batch of {num_collectives}")
+        self.is_deferred = self.defers and num_collectives is not None
+        return self
 
-    def announce_by(self, meet):
-        self.done.append("announce")
-        meet()
+    def open(self, start, meet):
+        if self.is_deferred:
+            start(1.0)
+        divisor = meet()
+        if not self.is_deferred:
+            start(divisor)
 
     def prepare_all_gathers(self, outputs):
         self.done.append(f"prepare {len(outputs)}")
@@ -34,7 +38,11 @@ class Log:
     def exchange(self, exchange, device="cpu"):
         bucket = SimpleNamespace(device=torch.device(device))
         part = SimpleNamespace(bucket=bucket, gathered=lambda: self.done.append("gathered"))
-        exchange.exchange([part], self.outputs, lambda: self.done.append("meet"))
+        exchange.exchange([part], self.outputs, self._meet)
+
+    def _meet(self):
+        self.done.append("meet")
+        return 2.0
 
     def new_outputs(self):
         self.outputs = [[("flat", [1, 2]), ("flat", [3, 4])], [("flat", [5])]]
@@ -43,9 +51,9 @@ class Log:
 @pytest.mark.parametrize(
     ("defers", "device", "order"),
     [
-        (False, "cpu", ["meet", "prepare 3", "start"]),
-        (True, "cpu", ["prepare 3", "start", "announce", "meet"]),
-        (True, "meta", ["meet", "prepare 3", "start"]),
+        (False, "cpu", ["batch of 3", "meet", "prepare 3", "start"]),
+        (True, "cpu", ["batch of 3", "prepare 3", "start", "meet"]),
+        (True, "meta", ["batch of None", "meet", "prepare 3", "start"]),
     ],
 )
 def test_ranks_meet_before_anything_is_waited_for(defers, device, order):
@@ -73,6 +81,6 @@ def test_gathers_are_prepared_anew_where_they_no_longer_defer():
     exchange = ParameterExchange(log)
     log.new_outputs()
     log.exchange(exchange)
-    log._defers = False
+    log.defers = False
     log.exchange(exchange)
     assert log.done.count("prepare 3") == 2

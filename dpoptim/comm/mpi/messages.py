@@ -28,7 +28,6 @@ computation, it takes time from what is waited for. Patient collectives sleep be
 """
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +35,10 @@ import torch
 from torch import Tensor
 
 from dpoptim.comm.mpi.library import checked
+from dpoptim.comm.mpi.pieces import InFlight
 from dpoptim.comm.summing import SUMMED_IN_FLOAT32, sum_in_order
+from dpoptim.comm.transport import Transport
+from dpoptim.comm.work import DONE, Work
 from dpoptim.partition import even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
@@ -107,11 +109,10 @@ class PendingSum:
         return self._pending.test()
 
 
-class Messages:
+class Messages(Transport):
     """A private duplicate of an MPI communicator, and the collectives on it.
 
-    Every method named after a collective is one, and blocks. Tensors are contiguous, flat, not complex, and in memory
-    that MPI reads; arguments are the caller's to check.
+    Every method named after a collective is one, and blocks. Tensors are in memory that MPI reads, on the host or not.
 
     Parameters
     ----------
@@ -176,16 +177,19 @@ class Messages:
         """Return the root's item, pickled on the way."""
         return self._comm.bcast(item, root=root)
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> Work:
         """Sum over all ranks, in place."""
+        if scale != 1.0:
+            tensor.mul_(scale)
         if self.goes_in_pieces(tensor):
             pieces = torch.split(tensor, self.piece_numel(tensor))
-            self._keep_in_flight(self.all_reduce_piece(piece, self) for piece in pieces)
+            _keep_in_flight(self.all_reduce_piece(piece, self) for piece in pieces)
         elif tensor.dtype in SUMMED_IN_FLOAT32:
             self._all_reduce_in_float32(tensor)
         else:
             for chunk in self._chunks(tensor):
                 self._call("Allreduce", chunk.nbytes, self._mpi.IN_PLACE, self._spec(chunk), op=self._mpi.SUM)
+        return DONE
 
     def start_sum(self, numbers: Sequence[float]) -> "PendingSum":
         """Start to sum numbers over all ranks in float64; does not block."""
@@ -197,36 +201,38 @@ class Messages:
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, self._spec(tensor), op=self._mpi.SUM)
         return Request(request, patient=tensor.nbytes <= self.patience_bytes)
 
-    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float = 1.0) -> None:
+    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float = 1.0) -> Work:
         """Sum ``scale * source`` over all ranks; ``output``, perhaps a part of it, receives this rank's part."""
         if scale != 1.0:
             source = source * scale
         is_small = source.nbytes <= self.max_message_bytes
         if is_small and self.goes_in_pieces(source):
-            self._keep_in_flight(self.reduce_scatter_pieces(output, source, counts))
-            return
+            _keep_in_flight(self.reduce_scatter_pieces(output, source, counts))
+            return DONE
         if is_small and source.dtype in SUMMED_IN_FLOAT32:
             self._sum_own_part(output, source, counts)
-            return
+            return DONE
         if is_small and source.is_cpu:  # for device memory Open MPI has sums to one rank or to all
             received = torch.empty_like(output)  # MPI takes no output within the input
             self._call("Reduce_scatter", source.nbytes, self._spec(source), self._spec(received), list(counts))
             output.copy_(received)
-            return
+            return DONE
         for owner, part in enumerate(torch.split(source, list(counts))):
             for index, chunk in enumerate(self._chunks(part)):
                 self._reduce_to(owner, chunk, self._chunks(output)[index] if owner == self.rank else None)
+        return DONE
 
-    def all_gather(self, whole: Tensor, counts: Sequence[int]) -> None:
-        """Collect every rank's part of ``whole``, where its own is already in place."""
-        if self.goes_in_pieces(whole) and whole.nbytes <= self.max_message_bytes:
-            self._keep_in_flight(self.all_gather_pieces(whole, counts))
-            return
-        if whole.nbytes > self.max_message_bytes:
-            for owner, part in enumerate(torch.split(whole, list(counts))):
+    def all_gather(self, tensor: Tensor, counts: Sequence[int]) -> Work:
+        """Collect every rank's part of ``tensor``, where its own is already in place."""
+        if self.goes_in_pieces(tensor) and tensor.nbytes <= self.max_message_bytes:
+            _keep_in_flight(self.all_gather_pieces(tensor, counts))
+            return DONE
+        if tensor.nbytes > self.max_message_bytes:
+            for owner, part in enumerate(torch.split(tensor, list(counts))):
                 self.broadcast(part, owner)
-            return
-        self._call("Allgatherv", whole.nbytes, self._mpi.IN_PLACE, self._parts(whole, start_offsets(counts), counts))
+            return DONE
+        self._call("Allgatherv", tensor.nbytes, self._mpi.IN_PLACE, self._parts(tensor, start_offsets(counts), counts))
+        return DONE
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """Copy the root's tensor to all, in place."""
@@ -275,24 +281,6 @@ class Messages:
             yield self._all_gather_piece(whole, places, sizes)
 
     # ---------------------------------------------------------------- how
-
-    def _keep_in_flight(self, works: Iterable[Iterator[Request]]) -> None:
-        """Advance works, each a series of collectives, some of them at a time; all ranks in the same order."""
-        window: deque[tuple[Iterator[Request], Request]] = deque()
-
-        def advance_oldest() -> None:
-            work, pending = window.popleft()
-            pending.wait()
-            following = next(work, None)
-            if following is not None:
-                window.append((work, following))
-
-        for work in works:
-            while len(window) >= NUM_IN_FLIGHT:
-                advance_oldest()
-            window.append((work, next(work)))
-        while window:
-            advance_oldest()
 
     def _reduce_scatter_piece(
         self, output: Tensor, source: Tensor, starts: Sequence[int], counts: Sequence[int]
@@ -383,3 +371,8 @@ class Messages:
 def has_sum(dtype: torch.dtype) -> bool:
     """Whether tensors of this dtype can be summed over ranks."""
     return dtype in _MPI_SUM_TYPES or dtype in SUMMED_IN_FLOAT32
+
+
+def _keep_in_flight(pieces: Iterable[Iterator[Request]]) -> None:
+    """Advance pieces, some of them at a time; all ranks in the same order."""
+    InFlight(NUM_IN_FLIGHT, asks=False).begin(pieces).wait()

@@ -10,7 +10,8 @@ Note [Phases]
 -------------
 All ranks must start the collectives of a communicator in one order, which may not depend on what happens to end first.
 So each phase of a transfer has a communicator of its own, and in each of them transfers start in the order in which
-they began.
+they began. Whoever waits anyway needs one communicator: nobody asks what has ended, and what was started first is
+waited for first.
 """
 
 import time
@@ -62,12 +63,15 @@ class InFlight:
     ----------
     limit : int
         How many pieces are under way at most; further ones start when others have ended.
+    asks : bool
+        Whether phases have a communicator each, so that those that have ended may be asked for. If not, they share one,
+        on which each is waited for in the order in which they started.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, asks: bool = True) -> None:
+        self._limit, self._asks = limit, asks
         self._not_started: deque[_Piece] = deque()
-        self._by_phase: list[deque[tuple[_Piece, Pending[None]]]] = []
+        self._lanes: list[deque[tuple[_Piece, Pending[None]]]] = []  # one for each communicator
         self._num_started = 0
         self._next_look_s = 0.0
 
@@ -89,40 +93,40 @@ class InFlight:
     def wait_for(self, transfer: Transfer) -> None:
         """Block until this transfer has ended."""
         while transfer.num_pieces:
-            phase = next(phase for phase, queue in enumerate(self._by_phase) if queue)
-            self._by_phase[phase][0][1].wait()
-            self._advance(phase)
+            lane = next(lane for lane, queue in enumerate(self._lanes) if queue)
+            self._lanes[lane][0][1].wait()
+            self._advance(lane)
             self._look()
 
     def wait_for_all(self) -> None:
         """Block until nothing is under way."""
         while self._num_started:
-            queue = next(queue for queue in self._by_phase if queue)
+            queue = next(queue for queue in self._lanes if queue)
             self.wait_for(queue[0][0].transfer)
 
     def _look(self) -> None:
-        phase = 0
-        while phase < len(self._by_phase):  # a piece that leaves the last phase so far makes another
-            queue = self._by_phase[phase]
+        lane = 0
+        while self._asks and lane < len(self._lanes):  # a piece that leaves the last lane so far makes another
+            queue = self._lanes[lane]
             while queue and queue[0][1].test():
-                self._advance(phase)
-            phase += 1
+                self._advance(lane)
+            lane += 1
         self._start_more()
 
-    def _advance(self, phase: int) -> None:
-        """Let the oldest piece of a phase go on to the next (Note [Phases])."""
-        piece, _ = self._by_phase[phase].popleft()
-        self._enter(piece, phase + 1)
+    def _advance(self, lane: int) -> None:
+        """Let the oldest piece of a lane go on to its next phase (Note [Phases])."""
+        piece, _ = self._lanes[lane].popleft()
+        self._enter(piece, lane + 1 if self._asks else 0)
 
-    def _enter(self, piece: _Piece, phase: int) -> None:
+    def _enter(self, piece: _Piece, lane: int) -> None:
         pending = next(piece.phases, None)
         if pending is None:
             piece.transfer.num_pieces -= 1
             self._num_started -= 1
             return
-        if phase == len(self._by_phase):
-            self._by_phase.append(deque())
-        self._by_phase[phase].append((piece, pending))
+        if lane == len(self._lanes):
+            self._lanes.append(deque())
+        self._lanes[lane].append((piece, pending))
 
     def _start_more(self) -> None:
         while self._not_started and self._num_started < self._limit:

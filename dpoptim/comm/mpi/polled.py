@@ -8,6 +8,7 @@ from torch import Tensor
 from dpoptim.comm.mpi.messages import NUM_IN_FLIGHT, Messages, Request
 from dpoptim.comm.mpi.pieces import InFlight, Transfer
 from dpoptim.comm.summing import SUMMED_IN_FLOAT32
+from dpoptim.comm.transport import Transport
 from dpoptim.tuning import TUNING
 
 __all__ = ["PolledMessages"]
@@ -16,11 +17,10 @@ __all__ = ["PolledMessages"]
 _IN_FLIGHT_BYTES = TUNING.polled_in_flight_bytes
 
 
-class PolledMessages:
+class PolledMessages(Transport):
     """Collectives of the ranks of some messages, in messages of their own; construction is collective.
 
-    Every method but :meth:`poll` is collective. Tensors are flat, contiguous, in host memory and not complex; they
-    belong to this object until ``Transfer.wait`` returns. Results are the same bits on every rank.
+    They go on while their caller calls :meth:`poll`.
 
     Parameters
     ----------
@@ -29,27 +29,29 @@ class PolledMessages:
     """
 
     def __init__(self, messages: Messages) -> None:
-        self._cut = messages
+        self._sizes = messages  # how large pieces are
         self._first, self._second = messages.duplicate(), messages.duplicate()
         self._first.patience_bytes = self._second.patience_bytes = messages.patience_bytes
         self._in_flight = InFlight(max(NUM_IN_FLIGHT, _IN_FLIGHT_BYTES // messages.piece_bytes))
 
-    def all_reduce(self, tensor: Tensor) -> Transfer:
+    def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> Transfer:
         """Start to sum over all ranks, in place; does not block."""
-        if self._cut.goes_in_pieces(tensor) or tensor.dtype in SUMMED_IN_FLOAT32:
-            pieces = torch.split(tensor, self._cut.piece_numel(tensor))
+        if scale != 1.0:
+            tensor.mul_(scale)
+        if self._sizes.goes_in_pieces(tensor) or tensor.dtype in SUMMED_IN_FLOAT32:
+            pieces = torch.split(tensor, self._sizes.piece_numel(tensor))
             return self._in_flight.begin(self._first.all_reduce_piece(piece, self._second) for piece in pieces)
         return self._in_flight.begin([self._whole(tensor)])
 
-    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float) -> Transfer:
+    def reduce_scatter(self, output: Tensor, source: Tensor, counts: Sequence[int], scale: float = 1.0) -> Transfer:
         """Start to sum ``scale * source``; ``output``, perhaps a part of it, receives this rank's part."""
         if scale != 1.0:
             source = source * scale
         return self._in_flight.begin(self._first.reduce_scatter_pieces(output, source, counts))
 
-    def all_gather(self, whole: Tensor, counts: Sequence[int]) -> Transfer:
-        """Start to collect every rank's part of ``whole``, where its own is already in place."""
-        return self._in_flight.begin(self._first.all_gather_pieces(whole, counts))
+    def all_gather(self, tensor: Tensor, counts: Sequence[int]) -> Transfer:
+        """Start to collect every rank's part of ``tensor``, where its own is already in place."""
+        return self._in_flight.begin(self._first.all_gather_pieces(tensor, counts))
 
     def poll(self) -> None:
         """Go on with what is under way; local, does not block."""

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["SECRET_BYTES", "Place", "Reading", "error_of_reading", "read_memory"]
+__all__ = ["SECRET_BYTES", "Reading", "Span", "error_of_reading", "read_memory"]
 
 
 SECRET_BYTES = 16
 
 
 # An address and a number of bytes.
-Place = tuple[int, int]
+Span = tuple[int, int]
 
 
-class Span(ctypes.Structure):
+class _CSpan(ctypes.Structure):
     _fields_ = (("start", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t))
 
 
@@ -27,13 +27,13 @@ class Reading:
     """What this rank gathers from another: bytes to read there, or to copy from what it lends."""
 
     def __init__(self) -> None:
-        self._sources: list[Place] = []
-        self._targets: list[Place] = []
+        self._sources: list[Span] = []
+        self._targets: list[Span] = []
         self._lent_sources: list[Tensor] = []
         self._lent_targets: list[Tensor] = []
-        self._spans: tuple[ctypes.Array[Span], ctypes.Array[Span]] | None = None
+        self._spans: tuple[ctypes.Array[_CSpan], ctypes.Array[_CSpan]] | None = None
 
-    def add(self, source: Place, target: Place) -> None:
+    def add(self, source: Span, target: Span) -> None:
         """Note bytes to read there, and where they go."""
         self._sources.append(source)
         self._targets.append(target)
@@ -52,7 +52,7 @@ class Reading:
         read_memory(pid, self._sources, self._targets, self._spans)
 
 
-def error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
+def error_of_reading(secrets: Sequence[tuple[int, int, bytes]]) -> str | None:
     """Try to read what every rank has there, and return why not."""
     if platform.system() != "Linux":
         return "this is not Linux"
@@ -60,7 +60,7 @@ def error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
         return "it has several threads, and reading has one"
     found = torch.zeros(SECRET_BYTES, dtype=torch.uint8, device="cpu")
     try:
-        for pid, address, expected in places:
+        for pid, address, expected in secrets:
             read_memory(pid, [(address, SECRET_BYTES)], [(found.data_ptr(), SECRET_BYTES)])
             if bytes(found.tolist()) != expected:
                 return "process numbers mean others, in a namespace of processes"
@@ -71,11 +71,11 @@ def error_of_reading(places: Sequence[tuple[int, int, bytes]]) -> str | None:
 
 def read_memory(
     pid: int,
-    sources: Sequence[Place],
-    targets: Sequence[Place],
-    spans: "tuple[ctypes.Array[Span], ctypes.Array[Span]] | None" = None,
+    sources: Sequence[Span],
+    targets: Sequence[Span],
+    spans: "tuple[ctypes.Array[_CSpan], ctypes.Array[_CSpan]] | None" = None,
 ) -> None:
-    """Copy these places of another process, one after another, to those of this one; raises OSError.
+    """Copy these bytes of another process, one after another, to those of this one; raises OSError.
 
     ``spans`` are those of sources and targets, if they were made before.
     """
@@ -91,14 +91,14 @@ def read_memory(
             sources, targets, spans = _rest(sources, count), _rest(targets, count), None
 
 
-def spans_of(places: Sequence[Place]) -> "ctypes.Array[Span]":
-    return (Span * len(places))(*itertools.starmap(Span, places))
+def spans_of(spans: Sequence[Span]) -> "ctypes.Array[_CSpan]":
+    return (_CSpan * len(spans))(*itertools.starmap(_CSpan, spans))
 
 
-def _rest(places: Sequence[Place], count: int) -> list[Place]:
-    """Return what is left of these places after so many bytes."""
+def _rest(spans: Sequence[Span], count: int) -> list[Span]:
+    """Return what is left of these spans after so many bytes."""
     rest = []
-    for address, num_bytes in places:
+    for address, num_bytes in spans:
         done = min(count, num_bytes)
         count -= done
         if done < num_bytes:
@@ -111,9 +111,9 @@ if hasattr(_libc, "process_vm_readv"):
     _libc.process_vm_readv.restype = ctypes.c_ssize_t
     _libc.process_vm_readv.argtypes = (
         ctypes.c_int,
-        ctypes.POINTER(Span),
+        ctypes.POINTER(_CSpan),
         ctypes.c_ulong,
-        ctypes.POINTER(Span),
+        ctypes.POINTER(_CSpan),
         ctypes.c_ulong,
         ctypes.c_ulong,
     )

@@ -1,4 +1,4 @@
-"""The collectives of the ranks of a node through a small area of memory that they share. No MPI here.
+"""StagingArea: the transport among ranks of a node through a small area of memory that they share. No MPI here.
 
 Note [Staging]
 --------------
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dpoptim.comm.node.shared_memory import Node, SharedMemory
 from dpoptim.comm.summing import sum_in_order
-from dpoptim.partition import aligned, even_counts
+from dpoptim.comm.transport import NodeTransport
+from dpoptim.comm.work import DONE, Work
+from dpoptim.partition import aligned, even_counts, start_offsets
 from dpoptim.tuning import TUNING
 
 __all__ = ["ASLEEP_BYTES", "AWAKE_BYTES", "StagingArea"]
@@ -26,11 +28,10 @@ __all__ = ["ASLEEP_BYTES", "AWAKE_BYTES", "StagingArea"]
 AWAKE_BYTES, ASLEEP_BYTES = TUNING.staging_awake_bytes, TUNING.staging_asleep_bytes
 
 
-class StagingArea:
+class StagingArea(NodeTransport):
     """The collectives of one node through shared memory (Note [Staging]); construction is collective in the node.
 
-    Every method is collective among the ranks of the node, blocks, and gives the same bits on all. Tensors are flat,
-    contiguous host tensors of one dtype; they belong to the call until it returns.
+    All of them block.
 
     Parameters
     ----------
@@ -62,8 +63,8 @@ class StagingArea:
         self._turn = 0
         self._views: dict[torch.dtype, list[tuple[list[Tensor], list[Tensor]]]] = {}
 
-    def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> None:
-        """Sum ``scale`` times the tensor over the ranks of the node, in place; every rank has a scale of its own."""
+    def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> Work:
+        """Sum over the ranks, in place."""
         chunks = torch.split(tensor, self._in_bytes // tensor.element_size())
         divided = [torch.split(chunk, even_counts(chunk.numel(), self._size)) for chunk in chunks]
         if divided:
@@ -79,40 +80,19 @@ class StagingArea:
         if divided:
             self._meet()
             self._take_sums(divided[-1], turn=self._turn - 1)
-
-    def all_reduce_small(self, tensor: Tensor, scale: float = 1.0) -> None:
-        """Do the same in one meeting: every rank sums everything itself. For tensors of at most :attr:`small_bytes`."""
-        numel = tensor.numel()
-        if not numel:
-            return
-        slots = [slot[:numel] for slot in self._in(tensor.dtype)]
-        _copy_scaled(slots[self._rank], tensor, scale)
-        self._meet()
-        sum_in_order(slots, out=tensor)
-        self._turn += 1
-
-    @property
-    def small_bytes(self) -> int:
-        """The size of what fits one rank's area."""
-        return self._in_bytes
+        return DONE
 
     def reduce_scatter(
-        self, output: Tensor, tensor: Tensor, starts: Sequence[int], counts: Sequence[int], scale: float = 1.0
-    ) -> None:
-        """Sum ``scale`` times the parts of a tensor over the ranks of the node; each keeps its own part.
-
-        Parameters
-        ----------
-        output : Tensor, numel ``counts[rank]``
-            Receives the sum of this rank's part; may be that part itself.
-        tensor : Tensor
-            This rank's values of every rank's part; those of the other ranks are left unchanged.
-        starts, counts : sequence of int
-            Where each rank's part begins, and how many elements it has; the same on all ranks.
-        scale : float
-            Of this rank's values.
-        """
-        parts = _parts(tensor, starts, counts)
+        self,
+        output: Tensor,
+        source: Tensor,
+        counts: Sequence[int],
+        scale: float = 1.0,
+        *,
+        starts: Sequence[int] | None = None,
+    ) -> Work:
+        """Sum parts over the ranks; each keeps its own."""
+        parts = _parts(source, starts, counts)
         window = self._out_bytes // output.element_size()
         windows = [torch.split(part, window) if part.numel() else () for part in parts]
         outputs = torch.split(output, window) if output.numel() else ()
@@ -124,9 +104,10 @@ class StagingArea:
             if index < len(outputs):
                 self._sum(outputs[index], pieces[self._rank], scale)
             self._turn += 1
+        return DONE
 
-    def all_gather(self, tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Collect every rank's part of the tensor, where its own already has the values. Any dtype."""
+    def all_gather(self, tensor: Tensor, counts: Sequence[int], *, starts: Sequence[int] | None = None) -> Work:
+        """Collect every rank's part."""
         flat = [part.view(torch.uint8) for part in _parts(tensor, starts, counts)]
         num_chunks = max(-(-part.numel() // self._in_bytes) for part in flat)
         for index in range(num_chunks):
@@ -138,9 +119,7 @@ class StagingArea:
                 if owner != self._rank and piece.numel():
                     piece.copy_(slots[owner][: piece.numel()])
             self._turn += 1
-
-    def wait(self) -> None:
-        """Nothing is left to wait for: every method blocks."""
+        return DONE
 
     # ---------------------------------------------------------------- how
 
@@ -202,7 +181,8 @@ class StagingArea:
         return self._memory.tensor(dtype, [num_bytes // dtype.itemsize], offset_bytes)
 
 
-def _parts(tensor: Tensor, starts: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+def _parts(tensor: Tensor, starts: Sequence[int] | None, counts: Sequence[int]) -> list[Tensor]:
+    starts = start_offsets(counts) if starts is None else starts
     return [tensor[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 

@@ -33,7 +33,7 @@ def test_sums_have_the_bits_of_sums_in_private_memory(node, dtype):
     counts = even_counts(numel, size)
     starts = start_offsets(counts)
     peers = PeerMemory(node, node.barrier)
-    peers.reduce_scatter(private[starts[rank] : starts[rank] + counts[rank]], private, starts, counts, 1 / 3)
+    peers.reduce_scatter(private[starts[rank] : starts[rank] + counts[rank]], private, counts, 1 / 3)
     peers.wait()
     places = tuple(node.all_gather_object(tensor.data_ptr()))
     found = []

@@ -41,11 +41,10 @@ def test_nothing_is_done_before_a_wait_and_everything_then(node):
     counts = even_counts(1000, size)
     reduced, scattered, gathered = _own(rank, 0), _own(rank, 1), torch.zeros(1000, dtype=torch.float64)
     part = torch.zeros(counts[rank], dtype=torch.float64)
-    starts = start_offsets(counts)
     gathered.split(counts)[rank].copy_(_own(0, 2).split(counts)[rank])
     peers.all_reduce(reduced, rank + 1.0)
-    peers.reduce_scatter(part, scattered, starts, counts, rank + 1.0)
-    peers.all_gather(gathered, starts, counts)
+    peers.reduce_scatter(part, scattered, counts, rank + 1.0)
+    peers.all_gather(gathered, counts)
     early = bool(part.any()) or not torch.equal(reduced, _own(rank, 0))
     peers.wait()
     peers.wait()  # nothing is left
@@ -80,7 +79,7 @@ def test_windows_hold_parts_of_several_tensors(node, monkeypatch):
         torch.zeros(even_counts(numel, size)[rank], dtype=kind[0]) for numel, kind in zip(numels, kinds, strict=True)
     ]
     for tensor, output, start, (_, scale) in zip(tensors, own, starts, kinds, strict=True):
-        peers.reduce_scatter(output, tensor, start, even_counts(len(tensor), size), scale)
+        peers.reduce_scatter(output, tensor, even_counts(len(tensor), size), scale, starts=start)
     peers.wait()
     for number, (numel, (dtype, scale)) in enumerate(zip(numels, kinds, strict=True)):
         scales = [2.0 + other if dtype == torch.float64 else scale for other in range(size)]
@@ -91,7 +90,7 @@ def test_windows_hold_parts_of_several_tensors(node, monkeypatch):
 
 
 def test_more_than_a_batch_holds(node, monkeypatch):
-    monkeypatch.setattr(peer_memory, "MAX_NOTED", 3)
+    monkeypatch.setattr(peer_memory, "MAX_COLLECTIVES", 3)
     peers = PeerMemory(node, node.barrier)
     tensors = [_own(node.rank, number) for number in range(7)]
     for tensor in tensors:
@@ -101,12 +100,12 @@ def test_more_than_a_batch_holds(node, monkeypatch):
     assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
 
 
-@pytest.mark.parametrize("phase", ["_sum", "_gather"])
-def test_a_rank_that_cannot_read_is_an_error_on_all(node, monkeypatch, phase):
+@pytest.mark.parametrize(("part", "phase"), [("_sums", "sum"), ("_gathers", "gather")])
+def test_a_rank_that_cannot_read_is_an_error_on_all(node, monkeypatch, part, phase):
     peers = PeerMemory(node, node.barrier)
     tensor = torch.ones(1000)
     if node.rank == node.world_size - 1:
-        monkeypatch.setattr(peers, phase, _fail)
+        monkeypatch.setattr(getattr(peers, part), phase, _fail)
     peers.all_reduce(tensor)
     with pytest.raises(RuntimeError, match=f"rank {node.world_size - 1} of the node could not read") as caught:
         peers.wait()
@@ -169,7 +168,7 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
             peers.wait()
         node.barrier()
 
-    peers.end_by(reduce_two)
+    peers.close_with(reduce_two)
     num_open = len(meetings)
     peers.all_reduce(tensors[2], node.rank + 1.0)
     peers.wait()
@@ -182,7 +181,7 @@ def test_a_batch_left_open_ends_with_a_meeting_of_another_kind(node, monkeypatch
         node.barrier()
 
     with pytest.raises(RuntimeError, match="rank 0 of the node could not read"):
-        peers.end_by(fail)
+        peers.close_with(fail)
     assert all(torch.equal(tensor, _total(node.world_size, number)) for number, tensor in enumerate(tensors))
     assert num_open == 5, "three for the first, which the second ends, and two for the second"
     assert len(meetings) == 5 + 3 + 2
@@ -203,7 +202,7 @@ def test_an_announced_batch_begins_with_a_meeting_of_another_kind(node):
         peers.divide(4.0)
         node.barrier()
 
-    peers.announce_by(divide_and_meet)
+    peers.open_with(divide_and_meet)
     peers.wait()
     num_meetings = len(meetings)
     given_up, again = _own(node.rank, 1), _own(node.rank, 2)
@@ -213,10 +212,10 @@ def test_an_announced_batch_begins_with_a_meeting_of_another_kind(node):
         raise LookupError("a rank is elsewhere")
 
     with pytest.raises(LookupError):
-        peers.announce_by(fail)
+        peers.open_with(fail)
     peers.wait()  # nothing is left
     peers.all_reduce(torch.empty(0))
-    peers.announce_by(node.barrier)  # nothing at all
+    peers.open_with(node.barrier)  # nothing at all
     peers.all_reduce(again, node.rank + 1.0)
     peers.wait()
     assert torch.equal(tensor, _total(node.world_size, 0) / 4)

@@ -37,15 +37,16 @@ SMALL = """
 import torch
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.node.shared_memory import meeting
+from dpoptim.comm.node.small_sums import SmallSums
 from dpoptim.comm.node.staging import StagingArea
 node = Messages(None, 1 << 30)
 rank, size = node.rank, node.world_size
-area = StagingArea(node, meeting(node, sleeping=True), 1 << 20)
+area, slots = StagingArea(node, meeting(node, sleeping=True), 1 << 20), SmallSums(node, 256)
 for turn in range(12):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8):
         own = torch.arange(turn % 7).to(dtype) + rank
         expected = sum((torch.arange(turn % 7).to(dtype) + other).double() for other in range(size)).to(dtype)
-        area.all_reduce_small(own)
+        slots.all_reduce(own)
         assert torch.equal(own, expected), (turn, dtype)
     large = torch.full((700_001,), float(rank))
     area.all_reduce(large, 0.5)

@@ -19,7 +19,7 @@ def communicator(request, world, monkeypatch):
     cores = {0} if shares else set(range(world.size))
     monkeypatch.setattr(dpoptim.comm.router, "available_cores", lambda: cores)
     made = Communicator(world)
-    assert (made._router._small_sums is not None) == shares
+    assert (made._router._number_sums is not None) == shares
     yield made
     made.free()
 
@@ -57,7 +57,7 @@ from mpi4py import MPI
 dpoptim.comm.router.available_cores = lambda: {0}
 from dpoptim.comm.communicator import Communicator
 communicator = Communicator()
-assert communicator._router._small_sums is not None
+assert communicator._router._number_sums is not None
 assert communicator.why_no_node_memory() is None
 rank, size = communicator.rank, communicator.world_size
 sent, received = torch.full((1 << 22,), float(rank)), torch.empty(1 << 22)
