@@ -168,8 +168,9 @@ class DASO(DataParallelOptimizer):
         raise_together(world, argument_error(settings, node, comm_hook))
         check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
         self._make_way(optimizer)
-        self._hook = PhaseHook(comm_hook or allreduce)
-        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=self._hook)
+        across_nodes = comm_hook or allreduce
+        phase_hook = None if across_nodes is allreduce else PhaseHook(across_nodes)  # which would sum plainly as well
+        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=phase_hook)
 
         self.total_epochs = total_epochs
         self.warmup_epochs = warmup_epochs
@@ -189,13 +190,14 @@ class DASO(DataParallelOptimizer):
             self._communicator,
             self._roll_call,
             self._nodes,
-            comm_hook=comm_hook or allreduce,
+            comm_hook=across_nodes,
             chunk_numel=chunk_numel,
             parameters=partial(parameters_of, optimizer),
             hyper_parameters=self._reducer.hyper_parameters,
             place=self._place,
         )
-        self._hook.node = self._exchange.node
+        if phase_hook is not None:
+            phase_hook.node = self._exchange.node
         self._start_epoch()
 
     # ---------------------------------------------------------------- the loop
