@@ -2,54 +2,48 @@
 
 import contextlib
 import copy
-import functools
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import MethodType
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpoptim.checks.alike import check_alike, describe_module, parameter_names, qualified_name
+from dpoptim.checks.alike import check_alike, check_same_arguments, settings_in_words
 from dpoptim.checks.arguments import (
     already_reduced,
-    argument_error,
     check_closure,
     check_one_group,
-    division_error,
+    construction_error,
     parameter_error,
 )
 from dpoptim.checks.hyper_parameters import HyperParameters
-from dpoptim.checks.loadable import check_loadable
-from dpoptim.checks.torch_calls import forget, make_known
+from dpoptim.checks.torch_calls import Answers, forget, make_known
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.normal_tensors import normal_tensors
-from dpoptim.comm.overlap import has_spare_cores, try_overlap
+from dpoptim.comm.overlap import duplicate_overlapping
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.modes.mode import Mode, Replicated
-from dpoptim.modes.sharded import choose_mode
-from dpoptim.modes.whole_state import scatter_state
+from dpoptim.modes.choose import choose_mode
+from dpoptim.modes.closures import averaged
+from dpoptim.modes.mode import Replicated
+from dpoptim.modes.replicas import average_buffers, broadcast_replicas, broadcast_tensors
+from dpoptim.modes.sharded_stepping import Stepped
+from dpoptim.modes.state_access import StateAccess
+from dpoptim.modes.whole_state import groups_with
+from dpoptim.step.classes import parameters_of
 from dpoptim.step.inner_step import InnerStep
-from dpoptim.step.kept_attributes import KeptAttributes, aliases_kept
-from dpoptim.step.step_hooks import FIRST_HOOK, run_hooks_around_step
-from dpoptim.utils.consistency import digest, raise_together
-from dpoptim.utils.state_dict import (
-    NamedState,
-    Slices,
-    load_full_form,
-    to_named,
-    unique_names,
-)
+from dpoptim.step.kept_attributes import KeptAttributes
+from dpoptim.step.step_hooks import FIRST_HOOK
+from dpoptim.utils.consistency import raise_together
+from dpoptim.utils.state_dict import load_full_form
 
 __all__ = ["DataParallelOptimizer"]
 
 
-class DataParallelOptimizer(Optimizer):
+class DataParallelOptimizer(StateAccess):
     """Make N ranks train as one process would on the joined batch.
 
     Construction broadcasts the parameters from rank 0. From then on, when ``backward()`` returns, ``p.grad`` is the
@@ -108,7 +102,7 @@ class DataParallelOptimizer(Optimizer):
     values of no meaning in the rest: use :meth:`clip_grad_norm_` instead of torch's (``clip_grad_value_`` and
     ``GradScaler`` work). The state is this rank's part: :attr:`state` is empty and ``state_dict()`` an error;
     use :meth:`full_state_dict` or :mod:`dpoptim.utils.checkpoint`. Optimizers that treat each element by itself are
-    divided by element: those of torch but Adafactor and Muon, which are divided by whole parameter. What another class
+    sharded by element: those of torch but Adafactor and Muon, which are sharded by whole parameter. What another class
     does is tried out at construction (Note [Probing] in divisibility.py). The class may say so itself by an attribute
     of its own: ``is_elementwise = True`` (by element) or ``False`` (by whole parameter), ``is_divisible = False``.
     LBFGS, SparseAdam and classes that couple parameters, draw random numbers, need a closure or wrap another optimizer
@@ -118,8 +112,6 @@ class DataParallelOptimizer(Optimizer):
     ``shard`` or ``node_shared`` its methods are collective. Other classes than torch's own draw random numbers in their
     step from generators that are common to all ranks.
     """
-
-    _is_constructed = True  # but while __init__ runs
 
     @normal_tensors()
     def __init__(
@@ -136,75 +128,33 @@ class DataParallelOptimizer(Optimizer):
         accumulate: int = 1,
     ) -> None:
         roll_call = RollCall.of(comm)
-        raise_together(
-            roll_call.communicator,
-            _wrapped_twice(optimizer)
-            or argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
-            or parameter_error(
-                _parameters_of(optimizer),
-                parameter_names(optimizer.param_groups, module),
-                module,
-                is_alone=roll_call.communicator.world_size == 1,
-            )
-            or division_error(optimizer, shard, node_shared),
-        )
-        self._roll_call = roll_call
-        self._optimizer = optimizer
-        self._module = module
-        self._arguments: dict[str, Any] = {
-            "comm": comm,
+        ranks = roll_call.communicator  # which all optimizers on them share
+        is_alone = ranks.world_size == 1
+        how: dict[str, Any] = {
             "bucket_mb": bucket_mb,
             "overlap": overlap,
             "comm_hook": comm_hook,
             "accumulate": accumulate,
         }
-        self._is_constructed = False
-        state = optimizer.state
-        super().__init__(optimizer.param_groups, getattr(optimizer, "defaults", {}))
-        for hooks in _HOOK_DICTS:  # hooks registered on the inner optimizer go on working, with the wrapper
-            setattr(self, hooks, getattr(optimizer, hooks, OrderedDict()))
-        pre_hooks = cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)
-        pre_hooks[FIRST_HOOK] = self._reduce_before_step
-        pre_hooks.move_to_end(FIRST_HOOK, last=False)
-        self._is_constructed = True
+        modes = {"shard": shard, "node_shared": node_shared}
+        error = construction_error(optimizer, module, **how, **modes, is_alone=is_alone)
+        raise_together(ranks, error)
 
-        settings = {
-            "bucket_mb": repr(bucket_mb),
-            "comm_hook": repr(comm_hook and qualified_name(comm_hook)),
-            "accumulate": repr(accumulate),
-            "shard": repr(shard),
-            "node_shared": repr(node_shared),
-        }
-        if module is not None:
-            settings["module"] = describe_module(module)
-        check_alike(roll_call.communicator, optimizer, parameter_names(optimizer.param_groups, module), settings)
-        base = roll_call.communicator
-        on_host = all(parameter.device.type == "cpu" for parameter in self._parameters())
-        if overlap == "auto":
-            overlap = try_overlap(base).pays if on_host else has_spare_cores(base)
-        how = {}
-        if overlap and on_host and base.topology.num_nodes > 1:
-            trial = try_overlap(base)
-            how = {"patient": trial.sleeps, "polled": trial.polls}
-        self._communicator = base.duplicate(overlap=bool(overlap), **how)
-        self._broadcast(self._parameters())
-        self._broadcast([value for entry in state.values() for value in _tensors(entry)])
-        if module is not None:
-            own = {id(parameter) for parameter in self._parameters()}
-            self._broadcast([t for t in (*module.parameters(), *module.buffers()) if id(t) not in own])
-        is_alone = self._communicator.world_size == 1
+        super().__init__(optimizer)
+        self._roll_call, self._module = roll_call, module
+        self._arguments = {"comm": comm, **how}
+
+        settings = settings_in_words(module, comm_hook, bucket_mb=bucket_mb, accumulate=accumulate, **modes)
+        check_alike(ranks, optimizer, self._names(), settings)
+        on_host = all(parameter.device.type == "cpu" for parameter in parameters_of(optimizer))
+        self._communicator = duplicate_overlapping(ranks, overlap, on_host=on_host)
+        broadcast_replicas(self._communicator, optimizer, module)
+
         self._inner_step = InnerStep(optimizer, None if is_alone else self._communicator.broadcast_object)
         self._kept_attributes = KeptAttributes(optimizer, self._inner_step)
-        hyper_parameters = HyperParameters(lambda: self.param_groups)
-        self._mode: Mode = choose_mode(
-            optimizer,
-            self._communicator,
-            self._inner_step,
-            hyper_parameters,
-            self._names,
-            shard=shard,
-            node_shared=node_shared,
-        )
+        hyper_parameters = HyperParameters(lambda: optimizer.param_groups)
+        stepped = Stepped(optimizer, self._communicator, self._inner_step, hyper_parameters, self._names)
+        self._mode = choose_mode(stepped, shard=shard, node_shared=node_shared)
         self._reducer = self._mode.make_reducer(
             self._communicator,
             roll_call,
@@ -213,70 +163,14 @@ class DataParallelOptimizer(Optimizer):
             accumulate=accumulate,
             hyper_parameters=hyper_parameters,
         )
-        if accumulate > 1:  # around torch's own hooks, which run only when a step is made
-            self.step = MethodType(_count_or_step, self)  # type: ignore[method-assign]
+        self._accumulates = accumulate > 1
         self._take_over_parameters(0)
         self._mode.take_over_state()
-        if self._communicator.world_size > 1:
-            make_known(self)
+        self._answers = Answers(self, self._reducer, self._mode.partial_norm)
+        if not is_alone:
+            make_known(self._answers)
 
     # ---------------------------------------------------------------- what torch.optim.Optimizer is
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The one live list of parameter groups, the wrapped optimizer's."""
-        return self._optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if self._is_constructed:  # before, torch's constructor sets what is there
-            self._optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self._optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if self._is_constructed:
-            self._optimizer.state = value
-            self._mode.take_over_state()
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self._optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        if self._is_constructed:
-            self._optimizer.defaults = value
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the wrapped optimizer has and this class has not.
-
-        With ``shard`` or ``node_shared`` a method of it acts on what each rank owns; calling it is collective.
-        """
-        optimizer = self.__dict__.get("_optimizer")
-        if optimizer is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        try:
-            value = getattr(optimizer, name)
-        except AttributeError as error:
-            kinds = f"neither {type(self).__name__} nor the wrapped {type(optimizer).__name__}"
-            raise AttributeError(f"{kinds} has an attribute {name!r}") from error
-        is_method = getattr(value, "__self__", None) is optimizer and not name.startswith("_")
-        return partial(self._call_method, name, value) if is_method else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of the wrapped optimizer, unless it is one of this class."""
-        attributes = self.__dict__
-        is_own = name.startswith("_") or name in attributes or name in _own_names(cast("Any", type(self)))
-        if is_own or not attributes.get("_is_constructed"):
-            super().__setattr__(name, value)
-        else:
-            setattr(self._optimizer, name, value)
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make one step with the global mean gradients.
@@ -298,9 +192,11 @@ class DataParallelOptimizer(Optimizer):
         float, Tensor or None
             The loss of the closure, averaged over ranks with :attr:`batch_weight`.
         """
-        wrapped = None if closure is None else self._averaged(closure)
+        wrapped = None if closure is None else averaged(closure, self._reducer, self.mean)
         if args or kwargs:
-            self._check_step_arguments(args, kwargs)
+            self._reducer.meet("a step with arguments", 1.0)
+            self._mode.check_step_arguments()
+            check_same_arguments(self._communicator, args, kwargs)
         loss = self._mode.step(wrapped, args, kwargs)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for a scheduler made on the inner one
         self._reducer.count_step()
@@ -313,7 +209,7 @@ class DataParallelOptimizer(Optimizer):
         is_torchs = getattr(self._optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
         if set_to_none and is_torchs and not torch._C._autograd._profiler_enabled():
             # Without its mark for the profiler and its look at each gradient, which take longer than this.
-            for parameter in self._parameters():
+            for parameter in parameters_of(self):
                 parameter.grad = None
         else:
             self._optimizer.zero_grad(set_to_none)
@@ -327,7 +223,7 @@ class DataParallelOptimizer(Optimizer):
         if not self._is_constructed:
             return  # they are there: torch's constructor adds those of the wrapped optimizer
         self._reducer.meet("adding a parameter group", 1.0)
-        num_before = len(self._parameters())
+        num_before = len(parameters_of(self))
         error = None
         try:
             check_one_group(self._optimizer)
@@ -336,12 +232,12 @@ class DataParallelOptimizer(Optimizer):
             error = caught
         if error is None:
             error = already_reduced(param_group["params"]) or parameter_error(
-                self._parameters()[num_before:],
+                parameters_of(self)[num_before:],
                 self._names()[num_before:],
                 self._module,
                 is_alone=self._communicator.world_size == 1,
             )
-            error = error or self._mode.new_parameters_error(self._parameters(), self._names())
+            error = error or self._mode.new_parameters_error(parameters_of(self), self._names())
             if error is not None:
                 self.param_groups.pop()
         raise_together(self._communicator, error)
@@ -351,52 +247,9 @@ class DataParallelOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         check_alike(self._communicator, self._optimizer, self._names(), {})
-        self._broadcast(self._parameters()[num_before:])
+        broadcast_tensors(self._communicator, parameters_of(self)[num_before:])
         self._take_over_parameters(num_before)
         self._reducer.reduce_new(num_before)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, which is compared with the optimizer before anything is changed; local.
-
-        Call it on every rank with the same state. See ``torch.optim.Optimizer.load_state_dict``; hooks registered for
-        it see the state before the comparison.
-
-        Raises
-        ------
-        ValueError
-            The state has other groups, other shapes, or is one of another optimizer.
-        """
-        hooks = cast("OrderedDict[int, Any]", self._optimizer_load_state_dict_pre_hooks)
-        hooks[_LAST_HOOK] = self._check_loadable
-        overrides = _overrides(self._optimizer, "load_state_dict")
-        if overrides:  # whatever the class itself loads is right
-            self._kept_attributes.load(state_dict.get("attributes", {}))
-        try:
-            with aliases_kept(self._optimizer):
-                if overrides:
-                    self._optimizer.load_state_dict(state_dict)
-                else:
-                    super().load_state_dict(state_dict)
-        finally:
-            del hooks[_LAST_HOOK]
-        if not overrides:
-            self._kept_attributes.load(state_dict.get("attributes", {}))
-        self._mode.take_over_state()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form, as ``torch.optim.Optimizer.state_dict``; local.
-
-        Raises
-        ------
-        RuntimeError
-            The state is divided among ranks (``shard``, ``node_shared``).
-        """
-        self._mode.check_has_whole_state()
-        return self._whole_state_dict()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what ``load_state_dict`` has prepared, with the wrapped class's own adjustments."""
-        self._optimizer.__setstate__(state)
 
     def __getstate__(self) -> NoReturn:
         """Refuse to be copied or pickled."""
@@ -411,9 +264,9 @@ class DataParallelOptimizer(Optimizer):
     # ---------------------------------------------------------------- what data parallelism adds
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
-        return self._optimizer
+    def mode(self) -> str:
+        """``"replicated"``, ``"sharded"`` or ``"node-shared"``: what became of ``shard`` and ``node_shared``."""
+        return self._mode.name
 
     @property
     def communicator(self) -> Communicator:
@@ -484,40 +337,10 @@ class DataParallelOptimizer(Optimizer):
         rank's.
         """
         if self.is_accumulating:
-            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters_of(self) if parameter.grad is not None]
             return nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
         self._reducer.finish()
-        return self._mode.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
-
-    # What torch's own functions ask (Note [Functions of torch] in torch_calls.py).
-
-    @property
-    def number(self) -> int:
-        """Which optimizer on these ranks this is, in the order in which they were made."""
-        return self._reducer.number
-
-    def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return those of these gradients of which each rank has a part; local."""
-        own = {id(parameter.grad) for parameter in self._parameters() if parameter.grad is not None}
-        return [gradient for gradient in gradients if id(gradient) in own and self._reducer.is_partial(gradient)]
-
-    def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-        """Return the global norm of such gradients, in float64; collective."""
-        return self._mode.partial_norm(gradients, norm_type)
-
-    def join_reduction(self, parameters: Sequence[Tensor]) -> None:
-        """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
-        if self._reducer.waits_for_gradients and not set(map(id, parameters)).isdisjoint(map(id, self._parameters())):
-            self._reducer.finish()
-
-    def trains(self, parameter: Tensor) -> bool:
-        """Whether this is one of its parameters; local."""
-        return any(own is parameter for own in self._parameters())
-
-    def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
-        """Let gradients have no infinite element within that was not computed; they are reduced before."""
-        self._reducer.finish()
-        return self._reducer.without_marks()
+        return self._mode.clip_grad_norm_(parameters_of(self), max_norm, norm_type, error_if_nonfinite)
 
     def mean(self, value: float, *, weight: float | None = None) -> float:
         """Return a number averaged over ranks; collective, the same on every rank.
@@ -535,7 +358,7 @@ class DataParallelOptimizer(Optimizer):
             On every rank, if one is elsewhere or has left the program.
         """
         weight = self._reducer.batch_weight if weight is None else weight
-        total_weight = self._reducer.meet("averaging a number", weight)
+        total_weight = self._meet_all("averaging a number", weight)
         total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
         self._communicator.all_reduce(total)
         return total.item() / total_weight
@@ -553,29 +376,23 @@ class DataParallelOptimizer(Optimizer):
         if self._module is None:
             raise ValueError("average_buffers needs the model: construct DataParallelOptimizer(..., module=model)")
         self._reducer.meet("averaging buffers", 1.0)
-        for buffer in self._module.buffers():
-            if buffer.is_floating_point():
-                mean = buffer.detach().contiguous().clone().div_(self._communicator.world_size)
-                self._communicator.all_reduce(mean)
-                buffer.detach().copy_(mean)
-            else:
-                self._broadcast([buffer])
+        average_buffers(self._communicator, self._module)
 
     def detach(self) -> None:
         """End data parallelism: take the hooks off the parameters and free the communicator; collective.
 
-        Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was divided is put
+        Parameters, gradients, the wrapped optimizer and its state stay as they are. A state that was sharded is put
         together in the wrapped optimizer of every rank, and parameters that a node shared become each rank's own. From
         then on ``step`` is the wrapped optimizer's, and whatever is collective an error. A second call does nothing.
         """
         if self._reducer.is_detached:
             return
-        with self._groups_as_taken_over():
-            form = self._mode.give_up(self)
+        with groups_with(self._optimizer, self._taken_over):
+            whole = self._mode.give_up(self)
             self._mode = Replicated(self._optimizer, self._inner_step, self._names)
-            if form is not None:
-                load_full_form(self, form)
-        forget(self)
+            if whole is not None:
+                load_full_form(self, whole)
+        forget(self._answers)
         self._reducer.detach()
         del cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)[FIRST_HOOK]
         self._communicator.free()
@@ -604,82 +421,9 @@ class DataParallelOptimizer(Optimizer):
             raise
         self._reducer.meet("leaving exclusive()", 1.0)
         if not self._mode.end_exclusive():
-            self._broadcast(self._parameters())
-
-    # ---------------------------------------------------------------- a state in parts
-
-    @property
-    def mode(self) -> str:
-        """``"replicated"``, ``"sharded"`` or ``"node-shared"``: what became of ``shard`` and ``node_shared``."""
-        return self._mode.name
-
-    def local_slices(self) -> Slices:
-        """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
-        return self._mode.slices()
-
-    def local_state_dict(self) -> NamedState:
-        """Return the state that this rank holds, by name, in the form of :mod:`dpoptim.utils.state_dict`; local.
-
-        It shares memory with the optimizer.
-        """
-        return {**self._mode.form(self._whole_state_dict), **self._kept_attributes.entry()}
-
-    def load_local_state_dict(self, form: NamedState) -> None:
-        """Load this rank's part of a state, copied, in the dtypes that it has; local.
-
-        Parameters
-        ----------
-        form : NamedState
-            With the slices and names of :meth:`local_state_dict`.
-        """
-        self._mode.load(self, form, self._kept_attributes.load)
-
-    def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any] | None:
-        """Return the whole state in torch's form, as ``state_dict()`` of one process would; collective.
-
-        One tensor is collected at a time, so that ranks that keep nothing need memory for one.
-
-        Parameters
-        ----------
-        rank0_only : bool
-            Whether rank 0 alone gets it.
-
-        Returns
-        -------
-        dict or None
-            None on ranks that get nothing.
-        """
-        self._reducer.meet("collecting the optimizer state", 1.0)
-        return self._mode.gather(self, rank0_only=rank0_only)
-
-    def load_full_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Load rank 0's whole state, such as a plain torch ``state_dict()``, into all ranks; collective.
-
-        Parameters
-        ----------
-        state_dict : mapping or None
-            In torch's form; looked at on rank 0 only, where hooks of ``load_state_dict`` see it first.
-
-        Raises
-        ------
-        ValueError, TypeError
-            On every rank: the state has other groups, other shapes, or is one of another optimizer.
-        """
-        self._reducer.meet("loading an optimizer state", 1.0)
-        error: Exception | None = None
-        form = None
-        if self._communicator.rank == 0:
-            try:
-                form = self._checked_form(state_dict)
-            except (TypeError, ValueError) as caught:
-                error = caught
-        raise_together(self._communicator, error)
-        self.load_local_state_dict(scatter_state(self._communicator, form, self.local_slices(), self._devices()))
+            broadcast_tensors(self._communicator, parameters_of(self))
 
     # ---------------------------------------------------------------- how
-
-    def _parameters(self) -> list[Tensor]:
-        return _parameters_of(self)
 
     def _wrap_alike(self, optimizer: Optimizer) -> "DataParallelOptimizer":
         """Return a wrapper of another optimizer in this one's mode, with this one's arguments; collective."""
@@ -691,16 +435,21 @@ class DataParallelOptimizer(Optimizer):
             made.__dict__[name] = vars(self)[name]
         return made
 
-    def _names(self) -> list[str]:
-        return parameter_names(self.param_groups, self._module)
+    def _meet_all(self, purpose: str, weight: float) -> float:
+        """Meet all ranks for a purpose; collective. Return the sum of their weights."""
+        return self._reducer.meet(purpose, weight)
 
-    def _patch_step_function(self) -> None:
-        """Wrap this class's step, as torch does here (Note [A step without its mark] in step_hooks.py)."""
-        run_hooks_around_step(type(self))
-        super()._patch_step_function()
+    def _count_batch(self, closure: Callable[[], Any] | None = None) -> bool:
+        """Count a batch, unless it is the last that a step is made of; local. Return whether it was counted."""
+        if closure is not None:
+            raise ValueError("accumulate > 1 takes no closure: call backward() before step()")
+        if self.is_accumulating:
+            self._reducer.count_batch()
+            return True
+        return False
 
-    def _reduce_before_step(self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reduce what backward could not, before the user's step hooks see the gradients."""
+    def _before_step(self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check what is to be stepped, and reduce what backward could not."""
         if stepped is not self:
             self._mode.check_inner_step(stepped)
             return  # the wrapped class's step calls that of its parent, which runs the hooks once more
@@ -712,7 +461,7 @@ class DataParallelOptimizer(Optimizer):
 
     def _take_over_parameters(self, start: int) -> None:
         """Reduce, in this mode, the parameters from this one on, which are equal on all ranks; collective."""
-        parameters, names = self._parameters(), self._names()
+        parameters, names = parameters_of(self), self._names()
         self._taken_over = [list(group["params"]) for group in self.param_groups]
         groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         known = set(map(id, self._reducer.all_buckets))
@@ -720,158 +469,9 @@ class DataParallelOptimizer(Optimizer):
         new = [bucket for bucket in self._reducer.all_buckets if id(bucket) not in known]
         self._mode.add(new, parameters, groups)
 
-    @contextlib.contextmanager
-    def _groups_as_taken_over(self) -> Iterator[None]:
-        """Have the parameters in the groups within that are divided, whatever the user has made of the groups since."""
-        groups = self._optimizer.param_groups
-        now = [group["params"] for group in groups]
-        if list(map(len, now)) == list(map(len, self._taken_over)) and all(
-            own is known
-            for members, others in zip(now, self._taken_over, strict=True)
-            for own, known in zip(members, others, strict=True)
-        ):
-            yield
-            return
-        options = {key: value for key, value in (groups or [self.defaults])[0].items() if key != "param_names"}
-        self._optimizer.param_groups = [{**options, "params": members} for members in self._taken_over]
-        try:
-            yield
-        finally:
-            self._optimizer.param_groups = groups
-
-    def _whole_state_dict(self) -> dict[str, Any]:
-        """Return the state of a replicated optimizer as its class gives it, with what it keeps elsewhere."""
-        own = self._optimizer.state_dict if _overrides(self._optimizer, "state_dict") else super().state_dict
-        return {**own(), **self._kept_attributes.entry()}
+    def _note_new_state(self) -> None:
+        self._mode.take_over_state()
 
     def _call_method(self, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the wrapped optimizer; collective if its parameters are divided."""
+        """Call a method of the wrapped optimizer; collective if its parameters are sharded."""
         return self._mode.call(partial(method, *args, **kwargs), name)
-
-    def _check_step_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise on all ranks if the further arguments of a step are not the same, or can't be divided; collective."""
-        self._reducer.meet("a step with arguments", 1.0)
-        self._mode.check_step_arguments()
-        own = [digest(value) if isinstance(value, Tensor) else repr(value) for value in _leaves((args, kwargs))]
-        different = [rank for rank, other in enumerate(self._communicator.all_gather_object(own)) if other != own]
-        error = None
-        if different:
-            error = ValueError(
-                f"the arguments of step() must be the same on all ranks, not so on ranks 0 and {different}"
-            )
-        raise_together(self._communicator, error)
-
-    def _devices(self) -> dict[str, torch.device]:
-        names = unique_names(self.param_groups, self._names())
-        return {name: parameter.device for name, parameter in zip(names, self._parameters(), strict=True)}
-
-    def _checked_form(self, state_dict: object) -> NamedState:
-        """Return the form of a whole state that fits, as its hooks leave it, in the dtypes of the parameters."""
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping on rank 0, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for hook in list(cast("Any", self)._optimizer_load_state_dict_pre_hooks.values()):
-            state_dict = hook(self, state_dict) or state_dict
-        check_loadable(self._optimizer, state_dict, self._names())
-        names = unique_names(self.param_groups, self._names())
-        form = to_named(state_dict, [parameter.shape for parameter in self._parameters()], names)
-        for name, parameter in zip(names, self._parameters(), strict=True):
-            entry = form["state"].get(name, {})
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and key != "step" and parameter.is_floating_point():
-                    entry[key] = value.to(parameter.dtype)
-        return form
-
-    def _check_loadable(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        check_loadable(self._optimizer, state_dict, self._names())
-
-    def _averaged(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def averaged_closure() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._reducer.finish()
-            own = loss.detach() if isinstance(loss, Tensor) else loss
-            value = self.mean(float("nan") if own is None else float(own))
-            self._reducer.expect_backward()
-            if own is None:
-                return None
-            return own.new_tensor(value) if isinstance(own, Tensor) else value
-
-        return averaged_closure
-
-    @torch.no_grad()
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.is_contiguous():
-                self._communicator.broadcast(tensor)
-            else:
-                values = tensor.contiguous()
-                self._communicator.broadcast(values)
-                tensor.copy_(values)
-
-
-def _count_or_step(opt: DataParallelOptimizer, closure: Callable[[], Any] | None = None) -> Any:
-    """Make the step of an optimizer that accumulates: count a batch, or step if it is the last."""
-    if closure is not None:
-        raise ValueError("accumulate > 1 takes no closure: call backward() before step()")
-    if opt.is_accumulating:
-        opt._reducer.count_batch()
-        return None
-    return type(opt).step(opt)
-
-
-# Key of the wrapper's own load_state_dict hook, which is there while a state is loaded, behind the user's.
-_LAST_HOOK = -2
-
-_HOOK_DICTS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-
-
-@functools.cache
-def _own_names(kind: Any) -> frozenset[str]:
-    """Return the names of attributes that are the wrapper's own: of its classes, also what they only annotate."""
-    annotated = (name for base in kind.__mro__ for name in inspect.get_annotations(base))
-    return frozenset((*dir(kind), *annotated))
-
-
-def _overrides(optimizer: Optimizer, name: str) -> bool:
-    return getattr(type(optimizer), name) is not getattr(Optimizer, name)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what is in nested tuples, lists and dicts, with the keys."""
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield key
-            yield from _leaves(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _leaves(one)
-    else:
-        yield value
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _wrapped_twice(optimizer: object) -> TypeError | None:
-    if isinstance(optimizer, DataParallelOptimizer):
-        return TypeError("optimizer is already a DataParallelOptimizer: wrap the torch optimizer, once")
-    return None
-
-
-def _tensors(entry: Any) -> Iterator[Tensor]:
-    """Yield the tensors in one parameter's optimizer state."""
-    values = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, (list, tuple)) else [entry]
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)):
-            yield from _tensors(value)

@@ -28,8 +28,8 @@ import torch
 from meeting import meet
 from programs import ENVIRONMENT, OPEN_MPI_DIRECTORY, QUICK_START
 
+import dpoptim.comm.overlap
 import dpoptim.gradients.homes
-import dpoptim.optimizer
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.mpi.polled import PolledMessages
@@ -214,7 +214,7 @@ def looked_after(world: Any, monkeypatch: pytest.MonkeyPatch) -> Generator[None,
     shared = Communicator.shared
     monkeypatch.setattr(Communicator, "shared", lambda comm=None: shared(own))
     monkeypatch.setattr(Messages, "split_node", lambda self: self.split(self.rank, 0))
-    monkeypatch.setattr(dpoptim.optimizer, "try_overlap", lambda _: Trial(polled_s=1.0))
+    monkeypatch.setattr(dpoptim.comm.overlap, "try_overlap", lambda _: Trial(polled_s=1.0))
     made = []
     init = PolledMessages.__init__
 

@@ -1,7 +1,7 @@
 """What of an optimizer must be alike on all ranks, in the words of the error messages."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.comm.communicator import Communicator
-from dpoptim.utils.consistency import ParameterFacts, check_optimizers_agree, raise_together
+from dpoptim.utils.consistency import ParameterFacts, check_optimizers_agree, digest, raise_together
 
-__all__ = ["check_alike", "describe_module", "parameter_names", "qualified_name"]
+__all__ = ["check_alike", "check_same_arguments", "parameter_names", "qualified_name", "settings_in_words"]
 
 
 # What is the same on all ranks if it is written in the same way.
@@ -39,13 +39,16 @@ def qualified_name(function: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def describe_module(module: nn.Module) -> str:
-    """Describe everything of a module that is broadcast."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    layout = repr([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors])
-    return (
-        f"{type(module).__name__} with {len(tensors)} parameters and buffers, layout {zlib.crc32(layout.encode()):08x}"
-    )
+def settings_in_words(module: nn.Module | None, comm_hook: object, **others: object) -> dict[str, str]:
+    """Describe what an optimizer was constructed with, by name, so that ranks can compare it."""
+    settings = {"comm_hook": repr(comm_hook and qualified_name(comm_hook))}
+    settings |= {name: repr(value) for name, value in others.items()}
+    if module is not None:  # everything of it that is broadcast
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        layout = zlib.crc32(repr([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]).encode())
+        kind = type(module).__name__
+        settings["module"] = f"{kind} with {len(tensors)} parameters and buffers, layout {layout:08x}"
+    return settings
 
 
 def check_alike(
@@ -71,6 +74,29 @@ def check_alike(
                     "state on every rank, or on none"
                 )
                 raise_together(communicator, error)
+
+
+def check_same_arguments(communicator: Communicator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` on all ranks if they step with different arguments; collective."""
+    own = [digest(value) if isinstance(value, Tensor) else repr(value) for value in _leaves((args, kwargs))]
+    different = [rank for rank, other in enumerate(communicator.all_gather_object(own)) if other != own]
+    error = None
+    if different:
+        error = ValueError(f"the arguments of step() must be the same on all ranks, not so on ranks 0 and {different}")
+    raise_together(communicator, error)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in nested tuples, lists and dicts, with the keys."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _leaves(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
 
 
 def _as_text(value: Any, depth: int = 0) -> str:

@@ -13,21 +13,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from dpoptim.checks.alike import parameter_names
 from dpoptim.checks.layers import layer_error
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.autograd_hooks import is_reduced
 from dpoptim.gradients.bucket import gradient_dtype
+from dpoptim.step.classes import parameters_of
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.inner_step import needs_closure
+from dpoptim.wrapping_optimizer import WrappingOptimizer
 
 __all__ = [
     "already_reduced",
-    "argument_error",
     "check_closure",
     "check_not_stepped_by_another",
     "check_one_group",
     "check_same_parameters",
-    "division_error",
+    "construction_error",
     "memory_error",
     "naming_gradients",
     "parameter_error",
@@ -38,10 +40,37 @@ _ONLY_PASS_ON = ("torch", "dpoptim", "accelerate", "lightning", "pytorch_lightni
 _MAX_FRAMES = 9
 
 
-def argument_error(
+def construction_error(
+    optimizer: Optimizer,
+    module: nn.Module | None,
+    *,
+    bucket_mb: float,
+    overlap: bool | str,
+    comm_hook: object,
+    accumulate: int,
+    shard: bool,
+    node_shared: bool,
+    is_alone: bool,
+) -> Exception | None:
+    """Return what is wrong with the arguments of this rank, or with the parameters, if anything is. Local.
+
+    The arguments are those of ``DataParallelOptimizer``; ``is_alone`` says whether there is one rank only.
+    """
+    error = _argument_error(optimizer, module, bucket_mb, overlap, comm_hook, accumulate)
+    if error is not None:
+        return error
+    names = parameter_names(optimizer.param_groups, module)
+    return parameter_error(parameters_of(optimizer), names, module, is_alone=is_alone) or _division_error(
+        optimizer, shard, node_shared
+    )
+
+
+def _argument_error(
     optimizer: object, module: object, bucket_mb: float, overlap: bool | str, comm_hook: object, accumulate: object
 ) -> Exception | None:
     """Return what is wrong with the arguments of this rank, if anything is."""
+    if isinstance(optimizer, WrappingOptimizer):
+        return TypeError("optimizer is already a DataParallelOptimizer: wrap the torch optimizer, once")
     if not isinstance(optimizer, Optimizer):
         return TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(getattr(optimizer, "param_groups", None), list):
@@ -59,8 +88,8 @@ def argument_error(
     return already_reduced([parameter for group in optimizer.param_groups for parameter in group["params"]])
 
 
-def division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
-    """Return what is wrong with how the step is to be divided, if anything is."""
+def _division_error(optimizer: Optimizer, shard: object, node_shared: object) -> Exception | None:
+    """Return what is wrong with how the step is to be sharded, if anything is."""
     for name, value in (("shard", shard), ("node_shared", node_shared)):
         if not isinstance(value, bool):
             return TypeError(f"{name} must be True or False, got {value!r}")
@@ -89,7 +118,7 @@ def already_reduced(parameters: Sequence[Tensor]) -> ValueError | None:
 
 
 def memory_error(parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
-    """Return an error if parameters can't be divided among ranks for where they, or their gradients, lie. Local."""
+    """Return an error if parameters can't be sharded among ranks for where they, or their gradients, lie. Local."""
     seen: dict[int, str] = {}
     for parameter, name in zip(parameters, names, strict=True):
         if id(parameter) in seen:
@@ -161,11 +190,11 @@ def check_closure(optimizer: Optimizer, closure: object) -> None:
 
 
 def check_same_parameters(
-    groups: Sequence[Mapping[str, Any]], known: Sequence[Sequence[Tensor]], *, are_divided: bool
+    groups: Sequence[Mapping[str, Any]], known: Sequence[Sequence[Tensor]], *, are_sharded: bool
 ) -> None:
     """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced. Local.
 
-    Where they are divided, each must be in the group that it was in.
+    Where they are sharded, each must be in the group that it was in.
     """
     now = [group["params"] for group in groups]
     if len(now) == len(known) and all(
@@ -175,7 +204,7 @@ def check_same_parameters(
         return
     parameters, before = list(chain.from_iterable(now)), list(chain.from_iterable(known))
     if len(parameters) == len(before) and all(map(is_, parameters, before)):
-        if not are_divided:
+        if not are_sharded:
             return
         raise RuntimeError(
             "parameters were moved to another group, which a divided step does not follow: detach() this optimizer, on "

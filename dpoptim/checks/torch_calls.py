@@ -3,7 +3,7 @@
 Note [Functions of torch]
 -------------------------
 Programs, and frameworks around them, call ``torch.nn.utils.clip_grad_norm_`` and ``GradScaler.unscale_`` on a model's
-parameters. With a divided step each rank would see another norm. When the first optimizer of several ranks is made,
+parameters. With a sharded step each rank would see another norm. When the first optimizer of several ranks is made,
 functions of torch are replaced by ones that ask first whose gradients they are given. The total norm becomes the global
 one (collective, as ``opt.clip_grad_norm_``), and infinities are looked for without canaries (Note [Canaries] in
 canaries.py). A rank that has no gradient in a step first joins the reduction in which the others wait for it. An
@@ -15,56 +15,90 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 
 from dpoptim.checks.layers import renormalisation_error
 from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.gradients.reducer import Reducer
+from dpoptim.step.classes import parameters_of
 
-__all__ = ["ReadsParts", "forget", "make_known"]
+__all__ = ["Answers", "forget", "make_known"]
 
 
-class ReadsParts(Protocol):
-    """What is asked of an optimizer of several ranks."""
+class Answers:
+    """Answers for one optimizer of several ranks what torch's functions ask.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        The wrapper, whom callers of torch's functions know.
+    reducer : Reducer
+        Of its gradients.
+    partial_norm : callable
+        Given gradients of which each rank has a part, and the order of the norm, returns their global norm in float64;
+        collective.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, reducer: Reducer, partial_norm: Callable[[Sequence[Tensor], float], Tensor]
+    ) -> None:
+        self.optimizer = optimizer
+        self.partial_norm = partial_norm
+        self._reducer = reducer
+
+    @property
+    def number(self) -> int:
+        """Which optimizer on these ranks it is, in the order in which they were made."""
+        return self._reducer.number
 
     def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return those of these gradients of which each rank has a part."""
-
-    def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-        """Return the global norm of such gradients, in float64; collective."""
+        """Return those of these gradients of which each rank has a part; local."""
+        own = {id(parameter.grad) for parameter in parameters_of(self.optimizer) if parameter.grad is not None}
+        return [gradient for gradient in gradients if id(gradient) in own and self._reducer.is_partial(gradient)]
 
     def join_reduction(self, parameters: Sequence[Tensor]) -> None:
         """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
+        own = map(id, parameters_of(self.optimizer))
+        if self._reducer.waits_for_gradients and not set(map(id, parameters)).isdisjoint(own):
+            self._reducer.finish()
 
     def trains(self, parameter: Tensor) -> bool:
         """Whether this is one of its parameters; local."""
+        return any(own is parameter for own in parameters_of(self.optimizer))
 
     def while_infinities_are_sought(self) -> AbstractContextManager[None]:
-        """Let gradients have no infinite element within that was not computed."""
+        """Let gradients have no infinite element within that was not computed; they are reduced before."""
+        self._reducer.finish()
+        return self._reducer.without_marks()
 
 
-_known: "WeakSet[Any]" = WeakSet()
+_known: WeakSet[Answers] = WeakSet()
 
 
-def make_known(optimizer: ReadsParts) -> None:
-    """Let torch's functions know an optimizer of several ranks (Note [Functions of torch])."""
+def make_known(answers: Answers) -> None:
+    """Let torch's functions ask for an optimizer of several ranks (Note [Functions of torch]).
+
+    They do as long as somebody else, such as the optimizer, keeps the answers.
+    """
     if not _known:
         _replace(clip_grad, "_get_total_norm", _with_global_norm)
         _replace(torch.amp.GradScaler, "_unscale_grads_", _with_whole_gradients)
         for module in (clip_grad, torch.nn.utils):
             _replace(module, "get_total_norm", _with_global_norm)
         _replace(functional, "_no_grad_embedding_renorm_", _of_own_weights)
-    _known.add(optimizer)
+    _known.add(answers)
 
 
-def forget(optimizer: ReadsParts) -> None:
+def forget(answers: Answers) -> None:
     """Treat an optimizer as one of a single rank again."""
-    _known.discard(optimizer)
+    _known.discard(answers)
 
 
 def _replace(holder: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -75,9 +109,9 @@ def _replace(holder: Any, name: str, around: Callable[[Callable[..., Any]], Call
         setattr(holder, name, wrapper)
 
 
-def _in_order() -> list[Any]:
-    """Return the optimizers in the order in which they were made, which is the same on all ranks."""
-    return sorted(_known, key=lambda optimizer: optimizer.number)
+def _in_order() -> list[Answers]:
+    """Return those of all optimizers in the order in which they were made, which is the same on all ranks."""
+    return sorted(_known, key=lambda answers: answers.number)
 
 
 def _with_global_norm(total_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -92,15 +126,15 @@ def _with_global_norm(total_norm: Callable[..., Tensor]) -> Callable[..., Tensor
             # The others have gradients perhaps, of the parameters that torch's function was called with.
             parameters = sys._getframe(1).f_locals.get("parameters")
             parameters = parameters if isinstance(parameters, list) else []
-            for optimizer in _in_order():
-                optimizer.join_reduction(parameters)
+            for answers in _in_order():
+                answers.join_reduction(parameters)
             rest = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms, dtype, device = [], None, None
-        for optimizer in _in_order():
-            own = optimizer.own_gradients_among(rest)
+        for answers in _in_order():
+            own = answers.own_gradients_among(rest)
             if own:
                 dtype, device = own[0].dtype.to_real(), own[0].device
-                norms.append(optimizer.partial_norm(own, float(norm_type)))
+                norms.append(answers.partial_norm(own, float(norm_type)))
                 taken = set(map(id, own))
                 rest = [gradient for gradient in rest if id(gradient) not in taken]
         if not norms:
@@ -118,9 +152,10 @@ def _with_global_norm(total_norm: Callable[..., Tensor]) -> Callable[..., Tensor
 
 def _with_whole_gradients(unscale: Callable[..., Any]) -> Callable[..., Any]:
     def unscale_grads(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if optimizer not in _known:
+        answers = next((one for one in _known if one.optimizer is optimizer), None)
+        if answers is None:
             return unscale(scaler, optimizer, *args, **kwargs)
-        with optimizer.while_infinities_are_sought():
+        with answers.while_infinities_are_sought():
             return unscale(scaler, optimizer, *args, **kwargs)
 
     return unscale_grads
@@ -128,7 +163,7 @@ def _with_whole_gradients(unscale: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_own_weights(renormalise: Callable[..., Any]) -> Callable[..., Any]:
     def renormalise_rows(weight: Tensor, input: Tensor, max_norm: float, norm_type: float) -> Any:  # noqa: A002  torch's
-        if any(optimizer.trains(weight) for optimizer in _known):
+        if any(answers.trains(weight) for answers in _known):
             shape = f"a parameter of shape {tuple(weight.shape)} is the weight of an embedding"
             raise renormalisation_error(shape, max_norm, norm_type)
         return renormalise(weight, input, max_norm, norm_type)

@@ -27,7 +27,7 @@ from dpoptim.comm.mpi import library
 from dpoptim.comm.topology import available_cores
 from dpoptim.tuning import TUNING
 
-__all__ = ["Trial", "has_spare_cores", "try_overlap"]
+__all__ = ["Trial", "duplicate_overlapping", "has_spare_cores", "try_overlap"]
 
 _ROUNDS = 5
 _SMALLEST_BYTES, _LARGEST_BYTES = 1 << 18, 1 << 22
@@ -114,6 +114,26 @@ def has_spare_cores(communicator: Communicator) -> bool:
         len(set[int]().union(*(wanted[rank][0] for rank in node))) >= sum(wanted[rank][1] for rank in node)
         for node in communicator.topology.nodes
     )
+
+
+def duplicate_overlapping(communicator: Communicator, overlap: bool | str, *, on_host: bool) -> Communicator:
+    """Return a duplicate that overlaps as it was asked for, in the way that was best in a trial; collective.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        Of the ranks that exchange; what was tried on it is remembered.
+    overlap : "auto" or bool
+        Whether to overlap; the same on all ranks.
+    on_host : bool
+        Whether all that is exchanged lies on the host, as in a trial.
+    """
+    if overlap == "auto":
+        overlap = try_overlap(communicator).pays if on_host else has_spare_cores(communicator)
+    if not (overlap and on_host and communicator.topology.num_nodes > 1):
+        return communicator.duplicate(overlap=bool(overlap))
+    trial = try_overlap(communicator)
+    return communicator.duplicate(overlap=True, patient=trial.sleeps, polled=trial.polls)
 
 
 def _try(communicator: Communicator) -> Trial:

@@ -1,11 +1,14 @@
 """What DASO refuses, on all ranks, and which rank is on which node."""
 
+import math
 from typing import Any
+
+from torch import Tensor
 
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 
-__all__ = ["argument_error", "check_settings", "nodes_of"]
+__all__ = ["argument_error", "check_settings", "checked_loss", "nodes_of"]
 
 
 def nodes_of(world: Communicator, node: int | None) -> tuple[tuple[int, ...], ...]:
@@ -46,6 +49,18 @@ def argument_error(settings: dict[str, Any], node: object, comm_hook: object) ->
     if comm_hook is not None and not callable(comm_hook):
         return TypeError(f"comm_hook must be callable, got {type(comm_hook).__name__}")
     return None
+
+
+def checked_loss(loss: object) -> tuple[float, Exception | None]:
+    """Return this rank's loss as a number, NaN if it is none, and what is wrong with it, if anything is. Local."""
+    own = float("nan")
+    try:
+        own = float(loss.detach() if isinstance(loss, Tensor) else loss)  # type: ignore[arg-type]  # raises TypeError
+    except (TypeError, ValueError, RuntimeError) as error:
+        return own, error
+    if not math.isfinite(own):
+        return own, ValueError(f"loss must be finite, got {own}: training has diverged")
+    return own, None
 
 
 def check_settings(world: Communicator, settings: dict[str, Any]) -> None:

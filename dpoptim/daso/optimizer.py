@@ -18,32 +18,30 @@ of the cool-down, which averages gradients, leaves replicas equal.
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn, SupportsFloat
+from functools import partial
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpoptim.checks.alike import qualified_name
-from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import RollCall
-from dpoptim.comm.work import Work
 from dpoptim.comm_hooks import CommHook, allreduce
-from dpoptim.daso.arguments import argument_error, check_settings, nodes_of
-from dpoptim.daso.node_average import NodeAverage
+from dpoptim.daso.arguments import argument_error, check_settings, checked_loss, nodes_of
+from dpoptim.daso.exchange import Exchange
+from dpoptim.daso.phase_hook import PhaseHook
+from dpoptim.daso.scaler import agree_on_scale, unscales_for_step
+from dpoptim.daso.schedule import Cycle, Schedule
 from dpoptim.daso.state_average import average_state
-from dpoptim.gradients.bucket import Bucket
 from dpoptim.optimizer import DataParallelOptimizer
+from dpoptim.step.classes import parameters_of
 from dpoptim.utils.consistency import raise_together
 from dpoptim.utils.plateau import DetectMetricPlateau
 
 __all__ = ["DASO"]
 
 logger = logging.getLogger(__name__)
-
-# Skips and waiting time at the beginning of the cycling phase (section 3 of the paper).
-_FIRST_SKIP, _FIRST_WAIT = 4, 1
 
 
 class DASO(DataParallelOptimizer):
@@ -170,8 +168,9 @@ class DASO(DataParallelOptimizer):
         raise_together(world, argument_error(settings, node, comm_hook))
         check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
         self._make_way(optimizer)
-        self._hook = _PhaseHook(comm_hook or allreduce)
-        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=self._hook)
+        across_nodes = comm_hook or allreduce
+        phase_hook = None if across_nodes is allreduce else PhaseHook(across_nodes)  # which would sum plainly as well
+        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=phase_hook)
 
         self.total_epochs = total_epochs
         self.warmup_epochs = warmup_epochs
@@ -186,24 +185,19 @@ class DASO(DataParallelOptimizer):
         self.batches_to_wait = 0
         self._scaler: torch.amp.GradScaler | None = None
         self._number = self._roll_call.enroll()
-        self._weight = 0.0  # of this rank's batches since the last exchange
-        self._sent_at = 0  # the batch after which the pending exchange was started
-        self._is_synchronised = True
-
         self._nodes = nodes_of(world, node)
-        own = next(number for number, ranks in enumerate(self._nodes) if world.rank in ranks)
-        local_rank = self._nodes[own].index(world.rank)
-        num_parts = min(len(ranks) for ranks in self._nodes)
-        is_threaded = world.library()["thread level"] == "multiple"
-        in_node = world.split(own, local_rank, overlap=self._communicator.overlap)
-        assert in_node is not None
-        self._node = self._hook.node = in_node
-        self._node_roll_call = RollCall.on(in_node)
-        color = local_rank if local_rank < num_parts else None
-        self._across = world.split(color, own, overlap=is_threaded, patient=is_threaded)
-        self._average = NodeAverage(
-            in_node, self._across, num_parts=num_parts, comm_hook=comm_hook or allreduce, chunk_numel=chunk_numel
+        self._exchange = Exchange(
+            self._communicator,
+            self._roll_call,
+            self._nodes,
+            comm_hook=across_nodes,
+            chunk_numel=chunk_numel,
+            parameters=partial(parameters_of, optimizer),
+            hyper_parameters=self._reducer.hyper_parameters,
+            place=self._place,
         )
+        if phase_hook is not None:
+            phase_hook.node = self._exchange.node
         self._start_epoch()
 
     # ---------------------------------------------------------------- the loop
@@ -229,16 +223,14 @@ class DASO(DataParallelOptimizer):
                 "of scaler.step(opt) and scaler.update()"
             )
         if self.is_cycling:
-            self._average.cover(self._parameters())
-            self._is_synchronised = False
-        if self._scaler is None or _take_scaler_step(self._scaler, self):
+            self._exchange.before_step()
+        if self._scaler is None or unscales_for_step(self._scaler, self):
             plain_step = DataParallelOptimizer.step
             getattr(plain_step, "__wrapped__", plain_step)(self)  # this class's own step has run the hooks
         if self._scaler is not None:
             self._scaler.update()
         if self.is_cycling:
-            self._weight += self.batch_weight
-            self._exchange_where_due()
+            self._exchange.after_step(self.current_batch, self.batch_weight, self._cycle)
         self.current_batch += 1
 
     @property
@@ -266,10 +258,10 @@ class DASO(DataParallelOptimizer):
         """
         mean = self._mean_loss(loss)
         self.synchronize()
-        self._check_finite()
+        self._exchange.check_finite()
         self.epoch += 1
         self.current_batch = 0
-        self._choose_skips(mean)
+        self._cycle = self._schedule.next_cycle(self.epoch, self._cycle, mean, self.stability)
         self._start_epoch()
         logger.info(
             "rank %d: epoch %d: a global exchange every %d batches, received after %d",
@@ -282,19 +274,15 @@ class DASO(DataParallelOptimizer):
 
         Collective, blocks. Does nothing where they have already.
         """
-        if self._is_synchronised:
+        if self._exchange.is_synchronised:
             return
-        if self._average.is_pending:
-            self._receive()
-        share = self._send("synchronising")
-        self._average.finish(1.0)
-        states = {parameter: self.state.get(parameter, {}) for parameter in self._parameters()}
-        average_state(self._communicator, list(states.values()), share / self._node.world_size)
+        share = self._exchange.equalise(self.current_batch, self.batch_weight)
+        states = {parameter: self.state.get(parameter, {}) for parameter in parameters_of(self)}
+        average_state(self._communicator, list(states.values()), share)
         self.state.update({parameter: state for parameter, state in states.items() if state})
         if self._scaler is not None:
-            self._agree_on_scale(self._scaler)
-        self._weight = 0.0
-        self._is_synchronised = True
+            agree_on_scale(self._communicator, self._scaler)
+        self._exchange.is_synchronised = True
 
     def add_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Let :meth:`step` make the step of this GradScaler.
@@ -309,23 +297,12 @@ class DASO(DataParallelOptimizer):
 
     # ---------------------------------------------------------------- what DataParallelOptimizer has
 
-    def mean(self, value: float, *, weight: float | None = None) -> float:
-        """Return a number averaged over all ranks; collective, the same on every rank.
-
-        See :meth:`DataParallelOptimizer.mean`.
-        """
-        weight = self.batch_weight if weight is None else weight
-        total_weight = self._roll_call.check_in(self._place("averaging a number"), weight)
-        total = torch.tensor([value * weight], dtype=torch.float64, device="cpu")
-        self._communicator.all_reduce(total)
-        return total.item() / total_weight
-
     def average_buffers(self) -> None:
         """Replace the module's floating point buffers by their mean over all ranks, the others by rank 0's; collective.
 
         See :meth:`DataParallelOptimizer.average_buffers`.
         """
-        self._roll_call.check_in(self._place("averaging buffers"), 1.0)
+        self._meet_all("averaging buffers", 1.0)
         super().average_buffers()
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,7 +314,7 @@ class DASO(DataParallelOptimizer):
             "global_skip": self.global_skip,
             "batches_to_wait": self.batches_to_wait,
             "stability": self.stability.get_state(),
-            "cycle": None if self._is_synchronised else self._cycle_state(),
+            "cycle": None if self._exchange.is_synchronised else self._exchange.state_dict(),
         }
         return state
 
@@ -351,11 +328,8 @@ class DASO(DataParallelOptimizer):
         """
         saved = state_dict.get("daso")
         cycle = None if saved is None else saved["cycle"]
-        if cycle is not None and cycle["place"] != self._own_place():
-            raise ValueError(
-                f"this state_dict was saved in the middle of a cycle on {cycle['place']}, but this is "
-                f"{self._own_place()}: load the state that this rank saved, or call synchronize() before saving"
-            )
+        if cycle is not None:
+            self._exchange.check_loadable(cycle)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "daso"})
         if saved is None:
             return
@@ -363,18 +337,12 @@ class DASO(DataParallelOptimizer):
         self.global_skip, self.batches_to_wait = saved["global_skip"], saved["batches_to_wait"]
         self.stability.set_state(saved["stability"])
         self._start_epoch()
-        self._is_synchronised = cycle is None
         if cycle is not None:
-            self._weight, self._sent_at = cycle["weight"], cycle["sent_at"]
-            self._average.load_state_dict(cycle["flats"], self._parameters(), is_pending=cycle["is_pending"])
+            self._exchange.load_state_dict(cycle)
 
     def detach(self) -> None:
         """End data parallelism and free the communicators; collective. Nodes are not made equal."""
-        self._average.wait()
-        self._node_roll_call.retire()
-        if self._across is not None:
-            self._across.free()
-        self._node.free()
+        self._exchange.free()
         super().detach()
 
     # ---------------------------------------------------------------- how
@@ -384,134 +352,40 @@ class DASO(DataParallelOptimizer):
 
     def _start_epoch(self) -> None:
         """Begin an epoch with equal nodes, in whatever phase it is."""
-        self._average.wait()
-        self._average.is_pending = False
-        self._average.forget()
-        self._weight = 0.0
-        self._is_synchronised = True
+        self._exchange.restart()
         if self.is_cycling:
-            self._reducer.reduce_over(self._node, self._node_roll_call)
+            self._reducer.reduce_over(self._exchange.node, self._exchange.node_roll_call)
         else:
             self._reducer.reduce_over(self._communicator, self._roll_call)
 
-    def _choose_skips(self, loss: float) -> None:
-        """Decide how many batches the next epoch skips; as the paper does, the same on all ranks."""
-        is_blocking = self.epoch < self.warmup_epochs or self.epoch >= self.total_epochs - self.cooldown_epochs
-        if is_blocking or self.max_global_skips == 0:
-            self.global_skip = self.batches_to_wait = 0
-            return
-        if self.global_skip == 0:
-            self.global_skip = min(_FIRST_SKIP, self.max_global_skips)
-            self.batches_to_wait = _FIRST_WAIT
-        if not self.stability.test_if_improving(loss):  # the name is Heat's: True says that there is a plateau
-            return
-        if self.global_skip > 1:
-            self.global_skip = max(1, self.global_skip // self.skip_reduction_factor)
-            self.batches_to_wait -= 1
-        else:
-            self.global_skip = self.max_global_skips
-            self.batches_to_wait = self.max_global_skips // self.local_skip_factor
-        self.batches_to_wait = max(1, min(self.batches_to_wait, self.global_skip))
-
-    def _exchange_where_due(self) -> None:
-        if self._average.is_pending and self.current_batch - self._sent_at >= self.batches_to_wait:
-            self._receive()
-        if self.current_batch % self.global_skip == 0:
-            if self._average.is_pending:
-                self._receive()
-            self._send("starting an exchange")
-            self._sent_at = self.current_batch
-
-    def _receive(self) -> None:
-        self._node_roll_call.check_in(self._place("receiving"), 1.0)  # the node puts its parts together
-        waited, num_nodes = 2.0 * (self.current_batch - self._sent_at), float(len(self._nodes))
-        self._average.finish(num_nodes / (max(waited, 1.0) + num_nodes))
-
-    def _send(self, purpose: str) -> float:
-        """Meet all ranks and start an exchange; return this node's share in the mean."""
-        self._average.cover(self._parameters())
-        is_finite = self._average.measure()
-        weight = self._weight if self._weight > 0 else self.batch_weight
-        place = self._place(f"{purpose} of {self._average.numel} numbers")
-        total_weight = self._roll_call.check_in(
-            place, weight if is_finite else float("nan"), self._reducer.hyper_parameters
+    @property
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            self.total_epochs,
+            self.warmup_epochs,
+            self.cooldown_epochs,
+            self.max_global_skips,
+            self.skip_reduction_factor,
+            self.local_skip_factor,
         )
-        if math.isnan(total_weight):
-            self._raise_not_finite()
-        node_weight = torch.tensor([weight], dtype=torch.float64, device="cpu")
-        self._node.all_reduce(node_weight)
-        share = node_weight.item() / total_weight
-        self._average.start(share)
-        self._weight = 0.0
-        return share
+
+    @property
+    def _cycle(self) -> Cycle:
+        return Cycle(self.global_skip, self.batches_to_wait)
+
+    @_cycle.setter
+    def _cycle(self, cycle: Cycle) -> None:
+        self.global_skip, self.batches_to_wait = cycle.global_skip, cycle.batches_to_wait
+
+    def _meet_all(self, purpose: str, weight: float) -> float:
+        return self._roll_call.check_in(self._place(purpose), weight)
 
     def _mean_loss(self, loss: SupportsFloat) -> float:
-        own = float("nan")
-        error: Exception | None = None
-        try:
-            own = float(loss.detach() if isinstance(loss, Tensor) else loss)
-            if not math.isfinite(own):
-                error = ValueError(f"loss must be finite, got {own}: training has diverged")
-        except (TypeError, ValueError, RuntimeError) as caught:
-            error = caught
+        own, error = checked_loss(loss)
         mean = self.mean(own, weight=1.0)
         if not math.isfinite(mean):
             raise_together(self._communicator, error)
         return mean
 
-    def _check_finite(self) -> None:
-        """Raise on all ranks if a parameter is not finite; they have the same bits, so nothing need be sent."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters()):
-            self._raise_not_finite()
-
-    def _raise_not_finite(self) -> NoReturn:
-        bad = [i for i, parameter in enumerate(self._parameters()) if not bool(torch.isfinite(parameter).all())]
-        error = (
-            ValueError(f"parameters must be finite, but {len(bad)} are not (the first is {bad[0]})") if bad else None
-        )
-        raise_together(self._communicator, error)
-        raise raised_on_all_ranks(ValueError("parameters must be finite, but their changes overflow"))
-
-    def _agree_on_scale(self, scaler: torch.amp.GradScaler) -> None:
-        """Give all ranks the smallest scale, and else rank 0's state of the GradScaler; collective."""
-        states = self._communicator.all_gather_object(scaler.state_dict())
-        if states[0]:
-            scaler.load_state_dict({**states[0], "scale": min(state["scale"] for state in states)})
-
     def _place(self, purpose: str) -> str:
         return f"DASO {self._number}, epoch {self.epoch}, batch {self.current_batch}, {purpose}"
-
-    def _own_place(self) -> str:
-        return f"rank {self._communicator.rank} of nodes {[list(ranks) for ranks in self._nodes]}"
-
-    def _cycle_state(self) -> dict[str, Any]:
-        return {
-            "place": self._own_place(),
-            "weight": self._weight,
-            "sent_at": self._sent_at,
-            "is_pending": self._average.is_pending,
-            "flats": self._average.state_dict(),
-        }
-
-
-class _PhaseHook:
-    """Sums plainly within a node, and with the user's hook over all ranks."""
-
-    def __init__(self, across_nodes: CommHook) -> None:
-        self._across_nodes = across_nodes
-        self.scales = getattr(across_nodes, "scales", False)
-        self.defers = getattr(across_nodes, "defers", False)
-        self.node: Communicator | None = None
-
-    def __call__(self, communicator: Communicator, bucket: Bucket) -> Work:
-        hook = allreduce if communicator is self.node else self._across_nodes
-        return hook(communicator, bucket)
-
-
-def _take_scaler_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Unscale gradients if that was not done yet, and return whether the step is to be made."""
-    if not scaler.is_enabled():
-        return True
-    if not scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]:
-        scaler.unscale_(optimizer)
-    return not any(bool(found.item()) for found in scaler._found_inf_per_device(optimizer).values())

@@ -14,6 +14,7 @@ from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce, bf16_compress, fp16_compress
 from dpoptim.heat.succession import Replaceable, make_way
 from dpoptim.modes.mode import Replicated
+from dpoptim.modes.replicas import broadcast_tensors
 from dpoptim.step.inner_step import InnerStep
 from dpoptim.utils.consistency import raise_together
 
@@ -213,7 +214,7 @@ class DASO(Replaceable, dpoptim.daso.DASO):
         error = None if isinstance(model, nn.Module) else TypeError(f"model must be a torch.nn.Module, got {model!r}")
         raise_together(self._communicator, error)
         self._module = model
-        self._broadcast([*model.parameters(), *model.buffers()])
+        broadcast_tensors(self._communicator, [*model.parameters(), *model.buffers()])
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Make one step; see :meth:`dpoptim.DASO.step`.

@@ -76,7 +76,7 @@ class Replaceable(DataParallelOptimizer):
     def _remove_hooks(self) -> None:
         """Take this optimizer's hooks off the wrapped one; local."""
         hooks = cast("OrderedDict[int, Any]", self._optimizer_step_pre_hooks)
-        if hooks.get(FIRST_HOOK) == self._reduce_before_step:
+        if hooks.get(FIRST_HOOK) == self._before_step:
             del hooks[FIRST_HOOK]
 
     def _check_attached(self) -> None:
@@ -107,7 +107,7 @@ class _Tenure:
 _numbers = itertools.count()
 _tenures: "weakref.WeakKeyDictionary[Reducer, _Tenure]" = weakref.WeakKeyDictionary()
 # What an optimizer meets the other ranks by.
-_COLLECTIVE_PARTS = {"_reducer", "_communicator", "_roll_call", "_node_roll_call", "_average"}
+_COLLECTIVE_PARTS = {"_reducer", "_communicator", "_roll_call", "_exchange", "_answers"}
 
 
 def make_way(communicator: Communicator, parameters: Sequence[Tensor]) -> None:

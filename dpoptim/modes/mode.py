@@ -107,11 +107,11 @@ class Mode(Protocol):
     def slices(self) -> Slices:
         """Return the elements of each parameter, flattened, whose state this rank holds; by name, local."""
 
-    def form(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
+    def named_state(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
         """Return the state that this rank holds, by name; local. ``whole`` returns a whole state in torch's form."""
 
     def load(
-        self, wrapper: Optimizer, form: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
+        self, wrapper: Optimizer, named_state: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
     ) -> None:
         """Load this rank's part of a state; local."""
 
@@ -166,7 +166,7 @@ class Replicated:
 
     def check_step(self, wrapper: Optimizer, taken_over: Sequence[Sequence[Tensor]]) -> None:
         """Raise ``RuntimeError`` if the groups have other parameters than those that are reduced; local."""
-        check_same_parameters(wrapper.param_groups, taken_over, are_divided=False)
+        check_same_parameters(wrapper.param_groups, taken_over, are_sharded=False)
 
     def check_inner_step(self, stepped: Optimizer) -> None:
         """Do nothing: its gradients and its state are whole."""
@@ -204,7 +204,7 @@ class Replicated:
         """Return all elements of every parameter."""
         return full_slices({name: parameter.shape for name, parameter in self._named().items()})
 
-    def form(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
+    def named_state(self, whole: Callable[[], Mapping[str, Any]]) -> NamedState:
         """Return the whole state by name.
 
         Raises
@@ -222,10 +222,10 @@ class Replicated:
         return to_named(state_dict, [parameter.shape for parameter in named.values()], list(named))
 
     def load(
-        self, wrapper: Optimizer, form: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
+        self, wrapper: Optimizer, named_state: NamedState, load_attributes: Callable[[Mapping[str, Any]], object]
     ) -> None:
         """Load a whole state by the wrapper's ``load_state_dict``."""
-        load_full_form(wrapper, form)
+        load_full_form(wrapper, named_state)
 
     def gather(self, wrapper: Any, *, rank0_only: bool) -> dict[str, Any] | None:
         """Return the state that every rank has."""

@@ -6,7 +6,7 @@ Most optimizers outside of torch count steps, or keep other numbers, in their gr
 the optimizer itself or in ``state`` under a key of its own. A rank that owns nothing of a group that has a gradient may
 come to other numbers there than those that step it. Ranks compare a fingerprint of all such numbers after each step of
 such a class; where it differs, those that have stepped a group tell the others. If they themselves differ, the numbers
-depend on the values of parameters, of which each rank has others: the optimizer can't be divided, and that is an error.
+depend on the values of parameters, of which each rank has others: the optimizer can't be sharded, and that is an error.
 """
 
 import zlib

@@ -1,18 +1,27 @@
-"""A divided optimizer state as a whole: gathered to one rank, or sent out from it, a tensor at a time."""
+"""A sharded optimizer state as a whole: gathered to one rank, or sent out from it, a tensor at a time."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.step.classes import parameters_of
 from dpoptim.step.facts import NUMBERS
-from dpoptim.utils.state_dict import NamedState, Slices, full_slices, is_slice
+from dpoptim.utils.state_dict import NamedState, Slices, full_slices, is_slice, unique_names
 
-__all__ = ["gather_state", "scatter_state"]
+__all__ = ["devices_of", "gather_state", "groups_with", "scatter_state"]
+
+
+def devices_of(optimizer: Optimizer, names: Sequence[str]) -> dict[str, torch.device]:
+    """Return where each parameter is, by its unique name; local."""
+    unique = unique_names(optimizer.param_groups, names)
+    return {name: parameter.device for name, parameter in zip(unique, parameters_of(optimizer), strict=True)}
 
 
 class _Slice:
@@ -24,13 +33,13 @@ class _Slice:
 
 def gather_state(
     communicator: Communicator,
-    form: NamedState,
+    named_state: NamedState,
     devices: Mapping[str, torch.device],
     *,
     rank0_only: bool,
     drops_torn: bool = False,
 ) -> NamedState | None:
-    """Put the forms of all ranks together; collective, blocks.
+    """Put the states of all ranks together; collective, blocks.
 
     One tensor is collected at a time, so that a rank that keeps nothing needs memory for one.
 
@@ -38,7 +47,7 @@ def gather_state(
     ----------
     communicator : Communicator
         Of the ranks that hold the parts.
-    form : NamedState
+    named_state : NamedState
         This rank's; see :mod:`dpoptim.utils.state_dict`.
     devices : mapping
         Where each parameter is on this rank, by name.
@@ -55,12 +64,14 @@ def gather_state(
     Returns
     -------
     NamedState or None
-        The full form; None on ranks that keep nothing.
+        The whole state; None on ranks that keep nothing.
     """
     keep = communicator.rank == 0 or not rank0_only
-    everybody = communicator.all_gather_object((form["slices"], _outline(form), form.get("whole", {})))
+    everybody = communicator.all_gather_object(
+        (named_state["slices"], _outline(named_state), named_state.get("whole", {}))
+    )
     torn: list[str] = []
-    full: NamedState = {**form, "slices": full_slices(form["shapes"]), "state": {}, "whole": {}}
+    full: NamedState = {**named_state, "slices": full_slices(named_state["shapes"]), "state": {}, "whole": {}}
     for name, (_, numel) in full["slices"].items():
         holders = _cover([slices[name] for slices, _, _ in everybody])
         if _is_torn([everybody[rank][1].get(name) for rank in holders]):
@@ -78,7 +89,7 @@ def gather_state(
                 start, stop = everybody[rank][0][name]
                 counts[rank] = stop - start
             whole = torch.empty(numel, dtype=value.dtype, device=devices[name])
-            own = form["state"][name][key] if counts[communicator.rank] else whole[:0]
+            own = named_state["state"][name][key] if counts[communicator.rank] else whole[:0]
             communicator.all_gather(whole, own.contiguous(), counts=counts)
             entry[key] = whole if keep else None
         full["state"][name] = entry
@@ -89,21 +100,21 @@ def gather_state(
         if not drops_torn:
             message = f"{what}, since a step has failed: load a checkpoint, or detach() the optimizer and wrap it anew"
             raise raised_on_all_ranks(RuntimeError(message))
-        warnings.warn(f"{what}, since a step has failed: their state is dropped", stacklevel=3)
+        warnings.warn(f"{what}, since a step has failed: their state is dropped", stacklevel=4)
     return full if keep else None
 
 
 def scatter_state(
-    communicator: Communicator, form: NamedState | None, slices: Slices, devices: Mapping[str, torch.device]
+    communicator: Communicator, named_state: NamedState | None, slices: Slices, devices: Mapping[str, torch.device]
 ) -> NamedState:
-    """Give every rank its slices of rank 0's full form; collective, blocks.
+    """Give every rank its slices of rank 0's whole state; collective, blocks.
 
     Parameters
     ----------
     communicator : Communicator
         All ranks.
-    form : NamedState or None
-        The full form on rank 0; not looked at elsewhere.
+    named_state : NamedState or None
+        The whole state on rank 0; not looked at elsewhere.
     slices : Slices
         What this rank is to hold.
     devices : mapping
@@ -114,7 +125,7 @@ def scatter_state(
     NamedState
         This rank's, with memory of its own.
     """
-    outline = None if form is None else {**form, "state": _outline(form)}
+    outline = None if named_state is None else {**named_state, "state": _outline(named_state)}
     shared: NamedState = communicator.broadcast_object(outline)
     numels = {name: stop for name, (_, stop) in full_slices(shared["shapes"]).items()}
     state: dict[str, dict[str, Any]] = {}
@@ -124,8 +135,8 @@ def scatter_state(
         for key, value in entry.items():
             if isinstance(value, _Slice):
                 if communicator.rank == 0:
-                    assert form is not None
-                    whole = form["state"][name][key].to(devices[name]).contiguous()
+                    assert named_state is not None
+                    whole = named_state["state"][name][key].to(devices[name]).contiguous()
                 else:
                     whole = torch.empty(numels[name], dtype=value.dtype, device=devices[name])
                 communicator.broadcast(whole)
@@ -137,11 +148,11 @@ def scatter_state(
     return {**shared, "slices": dict(slices), "state": state}
 
 
-def _outline(form: NamedState) -> dict[str, dict[str, Any]]:
-    """Return a form's state without its large tensors."""
+def _outline(named_state: NamedState) -> dict[str, dict[str, Any]]:
+    """Return the entries of parameters without their large tensors."""
     return {
-        name: {key: _Slice(value.dtype) if is_slice(form, name, key) else value for key, value in entry.items()}
-        for name, entry in form["state"].items()
+        name: {key: _Slice(value.dtype) if is_slice(named_state, name, key) else value for key, value in entry.items()}
+        for name, entry in named_state["state"].items()
     }
 
 
@@ -174,3 +185,31 @@ def _cover(intervals: Sequence[tuple[int, int]]) -> list[int]:
             ranks.append(rank)
             reached = stop
     return ranks
+
+
+@contextlib.contextmanager
+def groups_with(optimizer: Optimizer, parameters: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """Have these parameters, of which ranks have the state, in the groups within, whatever is there now; local.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Whose groups are replaced if they have others.
+    parameters : sequence
+        Those of each group.
+    """
+    groups = optimizer.param_groups
+    now = [group["params"] for group in groups]
+    if list(map(len, now)) == list(map(len, parameters)) and all(
+        own is known
+        for members, others in zip(now, parameters, strict=True)
+        for own, known in zip(members, others, strict=True)
+    ):
+        yield
+        return
+    options = {key: value for key, value in (groups or [optimizer.defaults])[0].items() if key != "param_names"}
+    optimizer.param_groups = [{**options, "params": list(members)} for members in parameters]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dpoptim.step.compiled_step import CompiledStep
+from dpoptim.step.found import Found
 from dpoptim.step.implementations import Implementations
-from dpoptim.step.step_plan import Found, Plan
+from dpoptim.step.step_plan import Plan
 
 __all__ = ["FlatStep"]
 

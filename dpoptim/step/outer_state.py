@@ -1,4 +1,4 @@
-"""OuterState: the ``state`` of an optimizer while the entries of its parameters are divided among ranks. Local."""
+"""OuterState: the ``state`` of an optimizer while the entries of its parameters are sharded among ranks. Local."""
 
 from collections import defaultdict
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from dpoptim.step.facts import AS_THE_LOOP, FACTS, NUMBERS
 from dpoptim.step.implementations import sharing_memory
 from dpoptim.step.outer_state import OuterState
 from dpoptim.step.step_hooks import bare_step
-from dpoptim.step.units import ShardedBucket, State, StepUnit, flat_piece, is_flat, kind_of, like_unit, part_of, runs_of
+from dpoptim.step.units import ShardedBucket, State, StepUnit, is_flat, kind_of, like_unit, part_of, runs_of
 
 __all__ = ["ShardedStep"]
 
@@ -33,7 +33,7 @@ class ShardedStep:
     optimizer : Optimizer
         The user's; its hyper-parameters are read at each step, its state is taken over.
     by_element : bool
-        Whether parameters are divided by element (Note [Units]).
+        Whether parameters are sharded by element (Note [Units]).
     """
 
     def __init__(self, optimizer: Optimizer, *, by_element: bool) -> None:
@@ -48,7 +48,7 @@ class ShardedStep:
         self.outer_state = OuterState(self._forget)
 
     def add(self, bucket: Bucket, parameters: Sequence[Tensor], group: int, home: Tensor | None) -> None:
-        """Take over the parameters of a divided bucket.
+        """Take over the parameters of a sharded bucket.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ class ShardedStep:
             for group, fused in zip(self._optimizer.param_groups, before, strict=True):
                 group["fused"] = fused
 
-    def _are_momenta_alike(self, active: Sequence[Sequence["StepUnit"]]) -> bool:
+    def _are_momenta_alike(self, active: Sequence[Sequence[StepUnit]]) -> bool:
         """Whether all units have a momentum or none has, as torch's fused kernel of SGD takes for granted."""
         if not isinstance(self._optimizer, torch.optim.SGD):
             return True
@@ -153,7 +153,7 @@ class ShardedStep:
             return method()
 
     @contextlib.contextmanager
-    def _in_place_of_parameters(self, active: Sequence[Sequence["StepUnit"]]) -> Iterator[None]:
+    def _in_place_of_parameters(self, active: Sequence[Sequence[StepUnit]]) -> Iterator[None]:
         """Let units of each part stand in the optimizer instead of parameters, with their state (Note [Units])."""
         optimizer, outer_state = self._optimizer, self.outer_state
         groups = optimizer.param_groups
@@ -189,7 +189,7 @@ class ShardedStep:
                     for unit in units:
                         unit.tensor.grad = None
 
-    def _hide_gradients(self, active: Sequence[Sequence["StepUnit"]]) -> list[tuple[Tensor, Tensor]]:
+    def _hide_gradients(self, active: Sequence[Sequence[StepUnit]]) -> list[tuple[Tensor, Tensor]]:
         """Take their gradients from parameters that are not stepped here, and return both."""
         stepped = {id(unit.tensor) for units in active for unit in units}
         hidden = []
@@ -200,12 +200,17 @@ class ShardedStep:
                     parameter.grad = None
         return hidden
 
-    def parts(self, buckets: Sequence[Bucket]) -> "list[ShardedBucket]":
+    @property
+    def all_parts(self) -> list[ShardedBucket]:
+        """What stands for the parameters of all buckets."""
+        return self._parts
+
+    def parts(self, buckets: Sequence[Bucket]) -> list[ShardedBucket]:
         """Return what stands for the parameters of these buckets when owners exchange them."""
         wanted = {id(bucket) for bucket in buckets}
         return [part for part in self._parts if id(part.bucket) in wanted]
 
-    def parts_with_gradient_but(self, buckets: Sequence[Bucket]) -> "list[ShardedBucket]":
+    def parts_with_gradient_but(self, buckets: Sequence[Bucket]) -> list[ShardedBucket]:
         """Return what stands for parameters with a gradient of other buckets than these."""
         known = {id(bucket) for bucket in buckets}
         return [
@@ -214,36 +219,7 @@ class ShardedStep:
             if id(part.bucket) not in known and any(parameter.grad is not None for parameter in part.parameters)
         ]
 
-    @torch.no_grad()
-    def own_gradients(self, among: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Return what this rank owns of every gradient, or of each among these, flat.
-
-        It is a copy where a gradient is not contiguous.
-        """
-        wanted = None if among is None else set(map(id, among))
-        return [
-            flat_piece(gradient, piece)
-            for part in self._parts
-            for piece in part.bucket.own_pieces
-            if (gradient := part.parameters[piece.position].grad) is not None
-            and (wanted is None or id(gradient) in wanted)
-        ]
-
-    def gradients_to_scale(self) -> list[Tensor]:
-        """Return tensors in place of :meth:`own_gradients` that may be multiplied in place."""
-        return [
-            flat_piece(gradient, piece) if gradient.is_contiguous() else gradient
-            for part in self._parts
-            for piece in part.bucket.own_pieces
-            if (gradient := part.parameters[piece.position].grad) is not None
-        ]
-
-    def norm_dtype(self) -> torch.dtype:
-        """Return the dtype of a norm of all gradients, the same on all ranks."""
-        dtypes = [part.bucket.dtype.to_real() for part in self._parts]
-        return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-
-    def _units_with_gradient(self, part: "ShardedBucket", gradients: Sequence[Tensor | None]) -> list["StepUnit"]:
+    def _units_with_gradient(self, part: ShardedBucket, gradients: Sequence[Tensor | None]) -> list[StepUnit]:
         """Return the units to step, with their gradients; cut those of which only some parameters have one."""
         has_gradient = [gradient is not None for gradient in gradients]
         if not any(has_gradient):
@@ -257,7 +233,7 @@ class ShardedStep:
         part.load(active, gradients)
         return active
 
-    def _cut_unit(self, unit: "StepUnit", flags: Sequence[bool]) -> list["StepUnit"]:
+    def _cut_unit(self, unit: StepUnit, flags: Sequence[bool]) -> list[StepUnit]:
         """Cut a unit where the flags of its pieces change, with its state."""
         state = self._state.pop(unit.tensor, None)
         units = []

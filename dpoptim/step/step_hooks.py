@@ -5,7 +5,8 @@ Note [A step without its mark]
 torch wraps the ``step`` of an optimizer's class when the first object of it is made. The wrapper runs the hooks, and
 leaves a mark for the profiler, also where none runs: of a small model's step that is a good part. The class is wrapped
 here, at the same time, by what asks first: with a profiler, a compiler that reads the code, or a hook of the user's all
-is as torch does it; else the wrapper's own hook and the step are all that runs.
+is as torch does it; else the wrapper's own hook and the step are all that runs. Where a step is to be made of several
+batches nothing of this runs in all but the last of them, which are only counted.
 """
 
 import functools
@@ -23,7 +24,11 @@ FIRST_HOOK = -1
 
 
 def run_hooks_around_step(kind: type[Optimizer]) -> None:
-    """Wrap the step of a class, whose objects have a hook of their own before it, unless it is wrapped already."""
+    """Wrap the step of a class, unless it is wrapped already.
+
+    Its objects have a hook of their own before it, and ``_accumulates``: if that is true, ``_count_batch`` is asked
+    first, with the arguments of the step, and returns whether that was all there is to do.
+    """
     step: Any = kind.step
     if getattr(step, "hooked", False):
         return
@@ -39,6 +44,8 @@ def run_hooks_around_step(kind: type[Optimizer]) -> None:
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+        if self._accumulates and self._count_batch(*args, **options):
+            return None
         is_watched = torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
         own = None if is_watched else _only_hook(self)
         if own is None:

@@ -11,8 +11,7 @@ A plan is for what it was made for: parameters by identity and address, what the
 layout, hyper-parameters by value. Rates may change as long as those that were equal still are.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import Tensor
 
 from dpoptim.partition import picker
 from dpoptim.step.compiled_step import CompiledStep, StandIn
+from dpoptim.step.found import Found
 from dpoptim.step.implementations import Implementations, sharing_memory
-from dpoptim.step.step_blocks import Blocks, is_plain
+from dpoptim.step.step_blocks import is_plain
+from dpoptim.step.step_call import CallKey, StepCall
 from dpoptim.tuning import TUNING
 
-__all__ = ["Found", "Plan"]
+__all__ = ["Plan"]
 
 # Groups that have a rate of their own are put together if at least so many have, each of fewer elements than this in
 # all: the more a group has, the less a call of its own counts (measured with benchmarks/optimizers.py --groups).
@@ -35,62 +36,7 @@ _RATES_BELOW = TUNING.rate_group_numel
 _ALONE_BELOW = TUNING.alone_numel
 
 _DTYPE, _NBYTES = attrgetter("dtype"), attrgetter("nbytes")
-
-
-class Found:
-    """What ``_init_group`` has found: the lists of all groups one after another, and what belongs to each group.
-
-    Attributes
-    ----------
-    groups : list of dict
-        The groups that have gradients.
-    lists : list of list
-        Parameters, gradients and state; None where a group does not use a list.
-    counts : list of int
-        How many parameters of each group.
-    uses : list of tuple of bool
-        Which of the lists each group uses.
-    results : list
-        What ``_init_group`` has returned.
-    """
-
-    def __init__(self, optimizer: Any, how: Implementations) -> None:
-        self.groups: list[dict[str, Any]] = []
-        self.lists: list[list[Any]] = [[] for _ in range(how.num_lists)]
-        self.counts: list[int] = []
-        self.uses: list[tuple[bool, ...]] = []
-        self.results: list[Any] = []
-        self.error: Exception | None = None
-        for group in optimizer.param_groups:
-            lists: list[list[Any]] = [[] for _ in range(how.num_lists)]
-            try:
-                result = optimizer._init_group(group, *lists)
-            except Exception as error:  # raised when the groups before are stepped
-                self.error = error
-                return
-            if not lists[0]:
-                continue
-            self.groups.append(group)
-            self.counts.append(len(lists[0]))
-            self.uses.append(tuple(map(bool, lists)))
-            self.results.append(result)
-            for entries, more in zip(self.lists, lists, strict=True):
-                entries.extend(more or [None] * len(lists[0]))
-
-    def select(self, pick: Callable[[list[Any]], Sequence[Any]], uses: Sequence[bool]) -> list[list[Any]]:
-        """Return lists of the entries that are picked, empty where a list is not used."""
-        return [list(pick(entries)) if used else [] for entries, used in zip(self.lists, uses, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What the parameters of one call have in common: hyper-parameters, implementation, and which state they have."""
-
-    values: int  # the number of these hyper-parameters
-    uses: tuple[bool, ...]
-    way: str
-    is_first: bool  # some of the state is made by this step
-    dtype: torch.dtype | None  # if foreach
+_is_contiguous = Tensor.is_contiguous
 
 
 class Plan:
@@ -121,7 +67,7 @@ class Plan:
         is_dense = all(gradient.layout == torch.strided for gradient in found.lists[1])
         self._facts = _facts(found.lists) if is_dense else None
         self._number_of = [number for number, count in enumerate(found.counts) for _ in range(count)]
-        members: dict[_Key, list[int]] = {}
+        members: dict[CallKey, list[int]] = {}
         left: list[int] = []
         shared = sharing_memory([found.lists[0], *found.lists[2:]])
         is_free = [how.are_free(group) for group in found.groups]
@@ -141,26 +87,26 @@ class Plan:
                 _bring_numbers(found.lists[2:], index, state[entries[0]], entries[0].device)
             is_first = way != "foreach" and any(entry is None for entry in entries)
             dtype = entries[0].dtype if way == "foreach" else None
-            key = _Key(self._values.exact[number], uses, way, is_first, dtype)
+            key = CallKey(self._values.exact[number], uses, way, is_first, dtype)
             members.setdefault(key, []).append(index)
         # What has no momentum yet has some next time.
         self._is_kept = self._facts is not None and not any(key.is_first for key in members)
-        self.calls: list[_Call] = []
+        self.calls: list[StepCall] = []
         if how.is_linear and len(found.groups) >= _MIN_GROUPS:
             for key, indices in self._take_different_rates(members, found):
-                self.calls.append(_Call(key, indices, self._number_of, found, how, compiled, have_rates=True))
+                self.calls.append(StepCall(key, indices, self._number_of, found, how, compiled, have_rates=True))
         for key, indices in members.items():
             if self._pays(key, indices):
-                self.calls.append(_Call(key, indices, self._number_of, found, how, compiled))
+                self.calls.append(StepCall(key, indices, self._number_of, found, how, compiled))
             else:
                 left += indices
         self._left: dict[int, list[int]] = {}
         for index in sorted(left):
             self._left.setdefault(self._number_of[index], []).append(index)
 
-    def _take_different_rates(self, members: dict[_Key, list[int]], found: Found) -> list[tuple[_Key, list[int]]]:
+    def _take_different_rates(self, members: dict[CallKey, list[int]], found: Found) -> list[tuple[CallKey, list[int]]]:
         """Take out of ``members``, and return, what goes into blocks of several rates."""
-        alike: dict[Hashable, list[_Key]] = {}
+        alike: dict[Hashable, list[CallKey]] = {}
         for key, indices in members.items():
             if not any(key.uses[2:]):
                 continue  # SGD without momentum: the loop takes less than the copies
@@ -179,7 +125,7 @@ class Plan:
             if len(keys) >= _MIN_GROUPS
         ]
 
-    def _pays(self, key: _Key, indices: Sequence[int]) -> bool:
+    def _pays(self, key: CallKey, indices: Sequence[int]) -> bool:
         """Whether a call is faster than what torch does."""
         numels = [self._parameters[index].numel() for index in indices]
         choice = self._how.choice
@@ -286,118 +232,6 @@ def _facts(lists: Sequence[list[Any]]) -> list[Any] | None:
         return None
 
 
-class _Call:
-    """Parameters that are stepped at once.
-
-    Attributes
-    ----------
-    knows_rates : bool
-        Whether the blocks have the rates that the groups have.
-    """
-
-    def __init__(
-        self,
-        key: _Key,
-        indices: list[int],
-        number_of: Sequence[int],
-        found: Found,
-        how: Implementations,
-        compiled: CompiledStep | None,
-        *,
-        have_rates: bool = False,
-    ) -> None:
-        self._pick = picker(indices)
-        self._numbers = [number_of[index] for index in indices]
-        self._uses = key.uses
-        self._way = key.way
-        self._how = how
-        self._compiled = compiled if key.way == "flat" else None
-        self._result = _nothing_special(found.results[self._numbers[0]])
-        self._options: dict[str, Any] = {"params": [], "foreach": key.way == "foreach"}
-        if "fused" in how.common_names:
-            self._options["fused"] = key.way == "fused"
-        self._have_rates = have_rates
-        if have_rates:
-            self._options |= {"lr": 1.0, "weight_decay": 0.0}
-        self.knows_rates = False
-        self._lists = lists = found.select(picker(indices), key.uses)
-        used = [entries for entries in lists if entries]
-        choice = how.choice
-        self._blocks = Blocks(
-            used,
-            flat_below=0 if key.way == "foreach" else choice.flat_below,
-            cut_large=key.way == "flat" and choice.cut_large and compiled is None,
-            have_rates=have_rates,
-        )
-        self._strides = {
-            place: parameter.stride() for place, parameter in enumerate(lists[0]) if not parameter.is_contiguous()
-        }
-        self._state = self._state_apart(lists)
-        self._addresses = _addresses(self._state)
-
-    def take(self, found: Found) -> bool:
-        """Take over the lists; return False if the state, or the order of a parameter's memory, no longer fits."""
-        self._lists = lists = found.select(self._pick, self._uses)
-        if not self._blocks.take([entries for entries in lists if entries]):
-            return False
-        if self._way != "fused":
-            return True
-        state = self._state_apart(lists)
-        return (
-            all(map(is_, state, self._state))
-            and _addresses(state) == self._addresses
-            and all(lists[0][place].stride() == stride for place, stride in self._strides.items())
-        )
-
-    def _state_apart(self, lists: Sequence[list[Any]]) -> list[Any]:
-        """Return the state that the fused kernel is given as it is."""
-        if self._way != "fused":
-            return []
-        return [entries[index] for entries in lists[2:] if entries for index in self._blocks.whole]
-
-    def step(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
-        lists, self._lists = self._lists, []
-        group = groups[self._numbers[0]]
-        if self._way == "fused":
-            _align(lists[0], lists[1])
-        if self._have_rates and not self.knows_rates:
-            self.knows_rates = True
-            rates, decays = ([groups[number][name] for number in self._numbers] for name in self._how.own_names)
-            self._blocks.set_rates(
-                rates,
-                decays,
-                decouples=bool(group.get("decoupled_weight_decay")),
-                maximizes=bool(group.get("maximize")),
-            )
-        used = [entries for entries in lists if entries]
-        self._blocks.load(used, state)
-        try:
-            if self._compiled is not None:
-                self._compiled(self._numbers[0], {**group, **self._options}, lists)
-            else:
-                self._how.body(StandIn([{**group, **self._options}], [lists], [self._result], state))
-        finally:
-            self._blocks.store(state)
-
-
-def _nothing_special(result: Any) -> Any:
-    """Return what ``_init_group`` returns, flags for sparse or complex tensors, if there are none."""
-    return tuple(False for _ in result) if isinstance(result, tuple) else False
-
-
-def _align(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
-    """Give gradients the memory layout of their parameter, which torch's fused kernels take for granted.
-
-    They step element by element in memory, whatever the strides: a contiguous gradient of a channels-last parameter
-    would be applied to other elements.
-    """
-    if all(map(_is_contiguous, gradients)) and all(map(_is_contiguous, parameters)):
-        return
-    for place, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        if gradient.stride() != parameter.stride():
-            gradients[place] = torch.empty_like(parameter).copy_(gradient)
-
-
 def _bring_numbers(lists: Sequence[list[Any]], index: int, kept: dict[str, Any], device: torch.device) -> None:
     """Bring a parameter's numbers, such as ``step``, to its device, where the fused kernels want them."""
     for entries in lists:
@@ -405,10 +239,3 @@ def _bring_numbers(lists: Sequence[list[Any]], index: int, kept: dict[str, Any],
         if isinstance(number, Tensor) and number.dim() == 0 and number.device != device:
             entries[index] = moved = number.to(device, torch.float32)
             kept[next(key for key, value in kept.items() if value is number)] = moved
-
-
-_is_contiguous = Tensor.is_contiguous
-
-
-def _addresses(entries: Sequence[Tensor | None]) -> list[int]:
-    return [0 if entry is None else entry.data_ptr() for entry in entries]

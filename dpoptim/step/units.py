@@ -6,13 +6,13 @@ The user's optimizer steps *units*: for the time of a step they stand in its gro
 state stands in its ``state``. What the step writes into its groups or keeps in the optimizer itself is thus where the
 class expects it.
 
-Where parameters are divided by element, a unit is a flat tensor: what this rank owns of a bucket, or a run of it.
+Where parameters are sharded by element, a unit is a flat tensor: what this rank owns of a bucket, or a run of it.
 Elementwise optimizers give each element the same as if its parameter were stepped whole, so that one call steps
 hundreds of small tensors. All parameters of a unit must be alike: of one group, and of one history of gradients, since
 torch skips a parameter without one, and ``step`` counts on. A unit of which only some have a gradient is cut where that
 changes, with its state, and stays cut.
 
-Where parameters are divided whole, each one that this rank owns is a unit, the user's own object: a class may know it
+Where parameters are sharded whole, each one that this rank owns is a unit, the user's own object: a class may know it
 by its identity or its attributes.
 
 Note [What other classes do to units]

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import dpoptim
+from dpoptim.comm import overlap as overlap_module
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.mpi import library
 from dpoptim.comm.mpi.messages import Messages
 from dpoptim.comm.mpi.polled import PolledMessages
-from dpoptim.comm.overlap import Trial, try_overlap
+from dpoptim.comm.overlap import Trial, duplicate_overlapping, try_overlap
+from dpoptim.comm.topology import Topology
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,39 @@ def test_hooks_need_no_mpi_for_threads(world, monkeypatch):
     opt.detach()
     assert is_polled
     assert torch.equal(mean, torch.full((3,), (world.size + 1) / 2))
+
+
+class Ranks:
+    """Stands for a communicator of ranks on so many nodes, and notes how it is duplicated."""
+
+    def __init__(self, num_nodes):
+        self.topology = Topology(tuple((2 * node, 2 * node + 1) for node in range(num_nodes)), 0, 0)
+
+    def duplicate(self, **how):
+        return how
+
+
+@pytest.mark.parametrize(
+    ("overlap", "on_host", "num_nodes", "how"),
+    [
+        (False, True, 2, {"overlap": False}),
+        (True, True, 1, {"overlap": True}),
+        (True, True, 2, {"overlap": True, "patient": True, "polled": False}),
+        (True, False, 2, {"overlap": True}),
+        ("auto", True, 1, {"overlap": True}),
+        ("auto", True, 2, {"overlap": True, "patient": True, "polled": False}),
+        ("auto", False, 2, {"overlap": False}),
+    ],
+)
+def test_a_duplicate_overlaps_as_was_asked_for_in_the_way_that_was_best(monkeypatch, overlap, on_host, num_nodes, how):
+    monkeypatch.setattr(overlap_module, "try_overlap", lambda _: Trial(1, 0.01, 0.01, 0.025, 0.011))
+    monkeypatch.setattr(overlap_module, "has_spare_cores", lambda _: False)
+    found = duplicate_overlapping(Ranks(num_nodes), overlap, on_host=on_host)
+    assert {"patient": False, "polled": False} | found == {"patient": False, "polled": False} | how
+
+
+def test_nothing_is_tried_where_no_overlap_was_asked_for(monkeypatch):
+    monkeypatch.setattr(overlap_module, "try_overlap", None)
+    monkeypatch.setattr(overlap_module, "has_spare_cores", None)
+    assert duplicate_overlapping(Ranks(2), False, on_host=True) == {"overlap": False}
+    assert duplicate_overlapping(Ranks(1), True, on_host=True) == {"overlap": True}
