@@ -499,7 +499,9 @@ class DataParallelOptimizer(Optimizer):
     def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return those of these gradients of which each rank has a part; local."""
         own = {id(parameter.grad) for parameter in self._parameters() if parameter.grad is not None}
-        return [gradient for gradient in gradients if id(gradient) in own and self._reducer.is_partial(gradient)]
+        return [
+            gradient for gradient in gradients if id(gradient) in own and self._reducer.gradients.is_partial(gradient)
+        ]
 
     def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the global norm of such gradients, in float64; collective."""
@@ -517,7 +519,7 @@ class DataParallelOptimizer(Optimizer):
     def while_infinities_are_sought(self) -> contextlib.AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed; they are reduced before."""
         self._reducer.finish()
-        return self._reducer.without_marks()
+        return self._reducer.gradients.without_marks()
 
     def mean(self, value: float, *, weight: float | None = None) -> float:
         """Return a number averaged over ranks; collective, the same on every rank.

@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -29,7 +30,7 @@ from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.work import Work
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
-from dpoptim.gradients.sharded_reducer import ShardedReducer
+from dpoptim.gradients.sharded_gradients import ShardedGradients
 from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.mode import Mode, Replicated, Wrapper
 from dpoptim.modes.node_shared import NodeShared
@@ -168,7 +169,7 @@ class Sharded:
         self._optimizer = optimizer
         self._hyper_parameters = hyper_parameters
         self._names = names
-        self._reducer: ShardedReducer
+        self._reducer: Reducer
         self._communicator = communicator
         self._inner_step = inner_step
         self._is_known = is_known(type(optimizer))
@@ -193,7 +194,7 @@ class Sharded:
 
     def make_reducer(self, *args: Any, **options: Any) -> Reducer:
         """Return a reducer that gives each rank the mean of its own part."""
-        self._reducer = ShardedReducer(self.sharding, *args, **options)
+        self._reducer = Reducer(partial(ShardedGradients, self.sharding), *args, **options)
         return self._reducer
 
     def new_parameters_error(self, parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
@@ -260,13 +261,13 @@ class Sharded:
     @torch.no_grad()
     def _step_and_exchange(self) -> None:
         def act() -> frozenset[int]:
-            gradients = self._reducer.checked_gradients()
+            gradients = self._reducer.gradients.checked()
             self._check_options()
             groups = self._step.step(self._inner_step, gradients)
             self._options = _options_of(self._optimizer)
             return groups
 
-        buckets = self._reducer.buckets  # that are not asleep, the same on all ranks
+        buckets = self._reducer.buckets  # that are not frozen, the same on all ranks
         # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
         by_hand = self._step.parts_with_gradient_but(buckets)
         names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
@@ -371,7 +372,7 @@ class Sharded:
     def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the global norm of these gradients, in float64; collective."""
         self._meet("clipping gradients")
-        self._reducer.canaries.remove()
+        self._reducer.gradients.remove_marks()
         return self.total_norm(norm_type, gradients)
 
     @torch.no_grad()
