@@ -149,7 +149,7 @@ def test_gradients_belong_to_the_user_alone_after_backward(world):
         opt.zero_grad()
         model(torch.ones(1, 512)).sum().backward()
         address = model.weight.grad.data_ptr()
-        assert all(bucket.flat.data_ptr() != address for bucket in opt._reducer._buckets)
+        assert all(bucket.flat.data_ptr() != address for bucket in opt._reducer.buckets)
         opt.step()
     opt.detach()
 

@@ -61,7 +61,9 @@ class Answers:
     def own_gradients_among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return those of these gradients of which each rank has a part; local."""
         own = {id(parameter.grad) for parameter in parameters_of(self.optimizer) if parameter.grad is not None}
-        return [gradient for gradient in gradients if id(gradient) in own and self._reducer.is_partial(gradient)]
+        return [
+            gradient for gradient in gradients if id(gradient) in own and self._reducer.gradients.is_partial(gradient)
+        ]
 
     def join_reduction(self, parameters: Sequence[Tensor]) -> None:
         """Join a reduction for which this rank had no gradient, if it is one of some of these parameters."""
@@ -76,7 +78,7 @@ class Answers:
     def while_infinities_are_sought(self) -> AbstractContextManager[None]:
         """Let gradients have no infinite element within that was not computed; they are reduced before."""
         self._reducer.finish()
-        return self._reducer.without_marks()
+        return self._reducer.gradients.without_marks()
 
 
 _known: WeakSet[Answers] = WeakSet()

@@ -30,7 +30,6 @@ from dpoptim.comm.roll_call import RollCall
 from dpoptim.comm_hooks import CommHook, allreduce
 from dpoptim.daso.arguments import argument_error, check_settings, checked_loss, nodes_of
 from dpoptim.daso.exchange import Exchange
-from dpoptim.daso.phase_hook import PhaseHook
 from dpoptim.daso.scaler import agree_on_scale, unscales_for_step
 from dpoptim.daso.schedule import Cycle, Schedule
 from dpoptim.daso.state_average import average_state
@@ -168,9 +167,7 @@ class DASO(DataParallelOptimizer):
         raise_together(world, argument_error(settings, node, comm_hook))
         check_settings(world, {**settings, "comm_hook": comm_hook and qualified_name(comm_hook)})
         self._make_way(optimizer)
-        across_nodes = comm_hook or allreduce
-        phase_hook = None if across_nodes is allreduce else PhaseHook(across_nodes)  # which would sum plainly as well
-        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=phase_hook)
+        super().__init__(optimizer, comm, module=module, bucket_mb=bucket_mb, overlap=overlap, comm_hook=comm_hook)
 
         self.total_epochs = total_epochs
         self.warmup_epochs = warmup_epochs
@@ -190,14 +187,12 @@ class DASO(DataParallelOptimizer):
             self._communicator,
             self._roll_call,
             self._nodes,
-            comm_hook=across_nodes,
+            comm_hook=comm_hook or allreduce,
             chunk_numel=chunk_numel,
             parameters=partial(parameters_of, optimizer),
             hyper_parameters=self._reducer.hyper_parameters,
             place=self._place,
         )
-        if phase_hook is not None:
-            phase_hook.node = self._exchange.node
         self._start_epoch()
 
     # ---------------------------------------------------------------- the loop
@@ -354,9 +349,9 @@ class DASO(DataParallelOptimizer):
         """Begin an epoch with equal nodes, in whatever phase it is."""
         self._exchange.restart()
         if self.is_cycling:
-            self._reducer.reduce_over(self._exchange.node, self._exchange.node_roll_call)
+            self._reducer.reduce_over(self._exchange.node, self._exchange.node_roll_call, allreduce)
         else:
-            self._reducer.reduce_over(self._communicator, self._roll_call)
+            self._reducer.reduce_over(self._communicator, self._roll_call, self._arguments["comm_hook"] or allreduce)
 
     @property
     def _schedule(self) -> Schedule:

@@ -7,13 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dpoptim.gradients.homes import Home
-
 __all__ = [
+    "AddingListener",
     "GradientHook",
     "Listener",
-    "hear_after_adding",
-    "hear_before_adding",
+    "ParameterHooks",
     "hear_before_making",
     "is_reduced",
     "listeners_of",
@@ -23,16 +21,20 @@ __all__ = [
 class Listener(Protocol):
     """What hears of gradients, by their parameters' numbers."""
 
-    put_aside: dict[int, Tensor]
-
     def on_gradient(self, index: int, parameter: Tensor) -> None:
         """Take note that a parameter's gradient is ready."""
+
+
+class AddingListener(Protocol):
+    """What hears before autograd adds to gradients, by their parameters' numbers."""
+
+    put_aside: dict[int, Tensor]
 
     def before_adding(self, index: int) -> None:
         """Take note that autograd is about to add to a gradient."""
 
     def before_making(self, index: int) -> None:
-        """Take note that autograd is about to make a gradient of which a part is put aside."""
+        """Take note that autograd is about to make a gradient, while a part of some is put aside."""
 
 
 class GradientHook(partial[None]):
@@ -40,7 +42,7 @@ class GradientHook(partial[None]):
 
 
 class _BeforeAdding:
-    def __init__(self, listener: Listener, index: int, parameter: Tensor) -> None:
+    def __init__(self, listener: AddingListener, index: int, parameter: Tensor) -> None:
         self._listener, self._index, self._parameter = listener, index, parameter
         self._put_aside = listener.put_aside
 
@@ -51,20 +53,44 @@ class _BeforeAdding:
             self._listener.before_making(self._index)
 
 
-def hear_after_adding(listener: Listener, index: int, parameter: Tensor) -> Any:
-    """Let a listener hear when this parameter's gradient is ready; return the hook's handle."""
-    hook = GradientHook(listener.on_gradient, index)
-    return _add_hook(parameter, lambda p: p.register_post_accumulate_grad_hook(hook))
+class ParameterHooks:
+    """The hooks on the parameters of one reducer."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._ids: dict[int, int] = {}
+
+    def add(self, index: int, parameter: Tensor, listener: Listener, adding: AddingListener | None) -> None:
+        """Let a listener hear of this parameter's gradients from now on, and another before autograd adds to them."""
+        hook = GradientHook(listener.on_gradient, index)
+        handle = _add_hook(parameter, lambda p: p.register_post_accumulate_grad_hook(hook))
+        self._handles.append(handle)
+        self._ids[index] = handle.id
+        if adding is not None:
+            before = _BeforeAdding(adding, index, parameter)
+            self._handles.append(_add_hook(parameter, lambda p: p.register_hook(before)))
+
+    def remove(self) -> None:
+        """Take all of them off the parameters, which stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def is_last(self, index: int, parameter: Tensor) -> bool:
+        """Whether no hook of the user's follows, which may change the gradient; else it goes first from now on."""
+        hooks = parameter._post_accumulate_grad_hooks
+        if hooks is None or len(hooks) == 1:
+            return True
+        own = self._ids[index]
+        if next(reversed(hooks)) == own:
+            return True
+        hooks[own] = hooks.pop(own)
+        return False
 
 
-def hear_before_adding(listener: Listener, index: int, parameter: Tensor) -> Any:
-    """Let a listener hear before autograd makes this parameter's gradient or adds to it; return the hook's handle."""
-    return _add_hook(parameter, lambda p: p.register_hook(_BeforeAdding(listener, index, p)))
-
-
-def hear_before_making(home: Home, parameter: Tensor) -> Any:
-    """Let a gradient's home hear before autograd makes the gradient or adds to it; return the hook's handle."""
-    return _add_hook(parameter, lambda p: p.register_hook(partial(home.before_adding, p)))
+def hear_before_making(hear: Callable[[Tensor, Tensor], object], parameter: Tensor) -> Any:
+    """Have this called with the parameter before its gradient is made or added to; return the hook's handle."""
+    return _add_hook(parameter, lambda p: p.register_hook(partial(hear, p)))
 
 
 def is_reduced(parameter: Tensor) -> bool:

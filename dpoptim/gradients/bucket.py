@@ -25,7 +25,7 @@ class Division:
     owner : int
         This rank's number among them.
     in_node : bool
-        Whether every node divides the whole among its ranks, rather than all ranks one whole.
+        Whether every node shards the whole among its ranks, rather than all ranks one whole.
     """
 
     counts: tuple[int, ...]
@@ -93,8 +93,8 @@ class Bucket:
         self._have_homes = [parameter.is_contiguous() and is_large(parameter) for parameter in parameters]
         self._buffer: Tensor | None = None
         self._own_buffer: Tensor | None = None  # this rank's part of it
-        self._places: list[Tensor] = []  # in the buffer
-        self._own_places: list[Tensor] = []
+        self._slots: list[Tensor] = []  # in the buffer
+        self._own_slots: list[Tensor] = []
         self._homes: dict[int, Home] = {}  # by position
         self._has_given_memory = False
         # Of what is packed: which gradients were copied, themselves, and where to.
@@ -109,7 +109,7 @@ class Bucket:
 
     @property
     def own(self) -> Tensor:
-        """The part of ``flat`` that this rank owns; all of it if it is not divided."""
+        """The part of ``flat`` that this rank owns; all of it if it is not sharded."""
         if self.flat is self._buffer and self._own_buffer is not None:
             return self._own_buffer
         return self._own_part(self.flat)
@@ -184,14 +184,14 @@ class Bucket:
             torch._foreach_copy_(self._gradients, self._copies)
             return
         copied = dict(zip(self._copied, zip(self._gradients, self._copies, strict=True), strict=True))
-        places = self._own_places if self.flat is self._buffer else self._own_places_in(self.own)
+        slots = self._own_slots if self.flat is self._buffer else self._own_slots_in(self.own)
         targets, sources = [], []
-        for piece, place in zip(self.own_pieces, places, strict=True):
+        for piece, slot in zip(self.own_pieces, slots, strict=True):
             if piece.position not in copied:
                 continue
             target, source = copied[piece.position]
             if piece.position in self._cut and target.is_contiguous():
-                target, source = target.detach().view(-1)[piece.start : piece.stop], place
+                target, source = target.detach().view(-1)[piece.start : piece.stop], slot
             targets.append(target)
             sources.append(source)
         if targets:
@@ -208,17 +208,17 @@ class Bucket:
         if self._buffer is None:
             self._use_buffer(torch.empty(self.numel, dtype=self.dtype, device=self.device))
         assert self._own_buffer is not None
-        own, places = self._own_buffer, self._own_places
+        own, slots = self._own_buffer, self._own_slots
         at_home = self._find_at_home(gradients)
         positions = self._own_positions
         away = [k for k, i in enumerate(positions) if gradients[i] is not None and i not in at_home]
         if self._homes and not self._are_free({positions[k] for k in away}):  # all is copied to elsewhere
             own = torch.empty_like(own)
-            places = self._own_places_in(own)
+            slots = self._own_slots_in(own)
             away = [k for k, i in enumerate(positions) if gradients[i] is not None]
         if not away:
             return own
-        targets, sources = [places[k] for k in away], cast("list[Tensor]", [gradients[positions[k]] for k in away])
+        targets, sources = [slots[k] for k in away], cast("list[Tensor]", [gradients[positions[k]] for k in away])
         for last in {0, len(away) - 1}:  # no other piece of a part is cut
             piece = self.own_pieces[away[last]]
             if piece.position in self._cut:
@@ -244,14 +244,14 @@ class Bucket:
         if self._buffer is None:
             self._use_buffer(torch.empty(self.numel, dtype=self.dtype, device=self.device))
         assert self._buffer is not None
-        self.flat, places = self._buffer, self._places
+        self.flat, slots = self._buffer, self._slots
         positions: Sequence[int] = range(len(gradients))
         if self._homes:
             at_home = self._find_at_home(gradients)
             positions = [i for i in positions if i not in at_home]
             if not self._are_free(positions):
                 self.flat = torch.empty_like(self._buffer)
-                places, positions = self._places_in(self.flat), range(len(gradients))
+                slots, positions = self._slots_in(self.flat), range(len(gradients))
         # as `fits`, of which hundreds of calls would be felt
         dtype, device = self.dtype, self.device
         copied = [
@@ -259,33 +259,33 @@ class Bucket:
             for i in positions
             if (g := gradients[i]) is not None and g.dtype == dtype and g.device == device and not g.is_sparse
         ]
-        self._copied, self._copies = copied, [places[i] for i in copied]
+        self._copied, self._copies = copied, [slots[i] for i in copied]
         self._gradients = [g for i in copied if (g := gradients[i]) is not None]
         if copied:
             torch._foreach_copy_(self._copies, self._gradients)
         if len(copied) == len(positions):
             return True
         missing = sorted(set(positions).difference(copied))
-        torch._foreach_zero_([places[i] for i in missing])
+        torch._foreach_zero_([slots[i] for i in missing])
         return all(gradients[i] is None for i in missing)
 
     def _use_buffer(self, buffer: Tensor) -> None:
-        self._buffer, self._own_buffer, self._places = buffer, self._own_part(buffer), self._places_in(buffer)
+        self._buffer, self._own_buffer, self._slots = buffer, self._own_part(buffer), self._slots_in(buffer)
         if self.division is not None:
-            self._own_places = self._own_places_in(self._own_buffer)
+            self._own_slots = self._own_slots_in(self._own_buffer)
 
     def _own_part(self, flat: Tensor) -> Tensor:
         return flat if self.division is None else flat[self.division.start : self.division.stop]
 
-    def _own_places_in(self, own: Tensor) -> list[Tensor]:
+    def _own_slots_in(self, own: Tensor) -> list[Tensor]:
         """Return where the pieces of this rank's part lie in it, in the gradient's shape if that is whole."""
-        places = [own[piece.offset : piece.offset + piece.numel] for piece in self.own_pieces]
+        slots = [own[piece.offset : piece.offset + piece.numel] for piece in self.own_pieces]
         return [
-            place if piece.position in self._cut else place.view(self.shapes[piece.position])
-            for piece, place in zip(self.own_pieces, places, strict=True)
+            slot if piece.position in self._cut else slot.view(self.shapes[piece.position])
+            for piece, slot in zip(self.own_pieces, slots, strict=True)
         ]
 
-    def _places_in(self, flat: Tensor) -> list[Tensor]:
+    def _slots_in(self, flat: Tensor) -> list[Tensor]:
         parts = torch.split(flat, self._numels)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -294,5 +294,5 @@ class Bucket:
         return {i for i, home in self._homes.items() if (g := gradients[i]) is not None and home.has(g)}
 
     def _are_free(self, positions: Container[int]) -> bool:
-        """Whether nobody holds what has last lain in these gradients' places."""
+        """Whether nobody holds what has last lain in these gradients' slots."""
         return all(home.is_free() for position, home in self._homes.items() if position in positions)

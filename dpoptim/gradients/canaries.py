@@ -2,7 +2,7 @@
 
 Note [Canaries]
 ---------------
-With a divided step ``p.grad`` is the global mean in this rank's part alone; the rest holds what is left of its own
+With a sharded step ``p.grad`` is the global mean in this rank's part alone; the rest holds what is left of its own
 batch. A program that computes a norm of it by hand would clip by a wrong one, each rank by another, in silence. One
 element of the rest of each bucket, and of each gradient that is cut, is therefore infinite: a norm of it is, what it is
 multiplied with becomes zero or NaN, and the next step raises an error that says why. Work by element (``mul_``,
@@ -36,7 +36,7 @@ class Canaries:
 
     @torch.no_grad()
     def set(self, parameters: Sequence[Tensor], buckets: Sequence[Bucket]) -> None:
-        """Set canaries into the gradients of these divided buckets, all of which are finite."""
+        """Set canaries into the gradients of these sharded buckets, all of which are finite."""
         if self._buckets != list(buckets):
             self._buckets = list(buckets)
             self._plan()
@@ -44,7 +44,7 @@ class Canaries:
         self._fill(float("inf"))
 
     def remove(self) -> None:
-        """Set zeros instead, whose place is of no meaning either."""
+        """Set zeros instead, which are of no meaning either."""
         self._fill(0.0)
         self._parameters = ()
 
@@ -119,8 +119,8 @@ class Canaries:
             return in_memory.from_address(gradient.data_ptr() + e * gradient.itemsize)  # in a tenth of a view's time
         if is_contiguous:
             return _Element(gradient.data.view(-1)[e])
-        place = torch.unravel_index(torch.tensor(e, device="cpu"), gradient.shape)
-        return _Element(gradient.data[tuple(int(i) for i in place)])
+        indices = torch.unravel_index(torch.tensor(e, device="cpu"), gradient.shape)
+        return _Element(gradient.data[tuple(int(i) for i in indices)])
 
 
 # What reads and writes an element where it lies. No version of the gradient counts it, nor what is done by ``.data``.

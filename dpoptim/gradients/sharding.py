@@ -2,14 +2,14 @@
 
 Note [Who owns what]
 --------------------
-Optimizers that treat each element by itself are divided by element: every bucket is cut into parts as equal as
+Optimizers that treat each element by itself are sharded by element: every bucket is cut into parts as equal as
 possible, and the odd elements go to who has least, so that ranks own the same number to one element, whatever the
 model. Large tensors are not copied: each is a bucket of its own; or, where their gradients lie in one memory, several
-together are one. Optimizers that see a whole matrix are divided
-by parameter: each goes to the rank that has least, the largest first, and lies beside those of the same owner.
+together are one. Optimizers that see a whole matrix are sharded by parameter: each goes to the rank that has least, the
+largest first, and lies beside those of the same owner.
 
 The division is made once and never changed, since the optimizer's state lies where the parameter was given. Buckets
-of parameters that are frozen everywhere sleep: they have an owner, but are not exchanged until one of them is not.
+of parameters that are frozen everywhere have an owner too, but are not exchanged until one of them is trained.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ __all__ = ["Entry", "Sharding"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter to divide: its number among all, itself, and its parameter group."""
+    """A parameter to shard: its number among all, itself, and its parameter group."""
 
     index: int
     parameter: Tensor
@@ -41,7 +41,7 @@ class Sharding:
     Attributes
     ----------
     num_owners : int
-        How many ranks divide them: all, or those of a node.
+        How many ranks share them: all, or those of a node.
     num_ranks : int
         How many ranks take part in a reduction of a part; those from ``num_owners`` on own nothing.
     owner : int
@@ -63,7 +63,7 @@ class Sharding:
         self._loads = [0] * self.num_owners
 
     def divide(self, entries: Sequence[Entry], bucket_bytes: int, *, have_homes: bool = False) -> list[Bucket]:
-        """Return divided buckets of these parameters, in this order; each of one group, dtype and device.
+        """Return sharded buckets of these parameters, in this order; each of one group, dtype and device.
 
         Parameters
         ----------
@@ -87,12 +87,12 @@ class Sharding:
         for members in kinds.values():
             sizes_bytes = [entry.parameter.nbytes for entry in members]
             together += [[members[i] for i in group] for group in group_by_size(sizes_bytes, bucket_bytes)]
-        place = {entry.index: place for place, entry in enumerate(entries)}
-        members_of_all = sorted(alone + together, key=lambda members: place[members[-1].index])
+        when_ready = {entry.index: when for when, entry in enumerate(entries)}
+        members_of_all = sorted(alone + together, key=lambda members: when_ready[members[-1].index])
         if self.by_element:
             return [self._cut(members) for members in members_of_all]
         owners = dict(
-            zip(place, owners_by_size([entry.parameter.numel() for entry in entries], self._loads), strict=True)
+            zip(when_ready, owners_by_size([entry.parameter.numel() for entry in entries], self._loads), strict=True)
         )
         return [self._give(members, owners) for members in members_of_all]
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dpoptim.checks.arguments import check_same_parameters, naming_gradients
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
+from dpoptim.gradients.replicated_gradients import ReplicatedGradients
 from dpoptim.step.inner_step import InnerStep
 from dpoptim.utils.state_dict import NamedState, Slices, full_slices, load_full_form, to_named, unique_names
 
@@ -45,7 +46,7 @@ class Mode(Protocol):
     # ---------------------------------------------------------------- parameters and gradients
 
     def make_reducer(self, *args: Any, **options: Any) -> Reducer:
-        """Return what reduces the gradients, with the arguments of :class:`~dpoptim.gradients.reducer.Reducer`."""
+        """Return what reduces the gradients, with these arguments of :class:`~dpoptim.gradients.reducer.Reducer`."""
 
     def add(self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
         """Take over the parameters of new buckets, equal on all ranks; collective.
@@ -142,7 +143,7 @@ class Replicated:
 
     def make_reducer(self, *args: Any, **options: Any) -> Reducer:
         """Return a reducer that gives every rank all of the mean."""
-        return Reducer(*args, **options)
+        return Reducer(ReplicatedGradients, *args, **options)
 
     def add(self, buckets: Sequence[Bucket], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
         """Do nothing: they are every rank's."""

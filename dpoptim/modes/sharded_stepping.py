@@ -11,6 +11,7 @@ roll call before anything is waited for.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
-from dpoptim.gradients.sharded_reducer import ShardedReducer
+from dpoptim.gradients.sharded_gradients import ShardedGradients
 from dpoptim.gradients.sharding import Sharding
 from dpoptim.modes.agreed_division import OptionsWatch, check_new_group
 from dpoptim.modes.mode import Wrapper
@@ -83,7 +84,7 @@ class ShardedStepping(ABC):
 
     def __init__(self, stepped: Stepped, sharding: Sharding, owners: Sequence[int]) -> None:
         self.sharding = sharding
-        self._reducer: ShardedReducer
+        self._reducer: Reducer
         self._optimizer = stepped.optimizer
         self._communicator = stepped.communicator
         self._inner_step = stepped.inner_step
@@ -144,7 +145,7 @@ class ShardedStepping(ABC):
 
     def make_reducer(self, *args: Any, **options: Any) -> Reducer:
         """Return a reducer that gives each rank the mean of its own part."""
-        self._reducer = ShardedReducer(self.sharding, *args, **options)
+        self._reducer = Reducer(partial(ShardedGradients, self.sharding), *args, **options)
         return self._reducer
 
     def new_parameters_error(self, parameters: Sequence[Tensor], names: Sequence[str]) -> ValueError | None:
@@ -170,7 +171,7 @@ class ShardedStepping(ABC):
     def partial_norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """Return the global norm of these gradients, in float64; collective."""
         self._meet("clipping gradients")
-        self._reducer.canaries.remove()
+        self._reducer.gradients.remove_marks()
         return self._norm.total(self._step.all_parts, norm_type, gradients)
 
     def clip_grad_norm_(
@@ -207,7 +208,7 @@ class ShardedStepping(ABC):
         loss = None if closure is None else closure()
         self.take_over_state()
         with self._hyper_parameters.held(), torch.no_grad():
-            buckets = self._reducer.buckets  # that are not asleep, the same on all ranks
+            buckets = self._reducer.buckets  # that are not frozen, the same on all ranks
             # A gradient that was set by hand, alike on all ranks, of parameters that no rank trains.
             by_hand = self._step.parts_with_gradient_but(buckets)
             names = ", ".join(str(index) for part in by_hand for index in part.bucket.indices)
@@ -217,7 +218,7 @@ class ShardedStepping(ABC):
 
     def _step_own(self) -> frozenset[int]:
         """Step what this rank owns, and return the groups of which it has stepped something; local."""
-        gradients = self._reducer.checked_gradients()
+        gradients = self._reducer.gradients.checked()
         self._options.check()
         groups = self._step.step(self._inner_step, gradients)
         self._options.note()

@@ -64,7 +64,7 @@ def _lie_together(optimizer, world):
         pytest.skip("no rank reads another's memory here")
     large = [p for group in optimizer.param_groups for p in group["params"] if is_large(p)]
     reducer = optimizer._reducer
-    at_home = [home.has(reducer._parameters[index].grad) for index, home in reducer._homes.items()]
+    at_home = [home.has(reducer._parameters.tensors[index].grad) for index, home in reducer._homes.items()]
     return len(at_home) == len(large) > 0 and all(at_home)
 
 
