@@ -111,7 +111,7 @@ def pieces_within(numels: Sequence[int], begin: int, end: int) -> list[Piece]:
 
 
 def picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Return what picks the entries at these places out of a list, in a fifth of a comprehension's time."""
+    """Return what picks the entries at these positions out of a list, in a fifth of a comprehension's time."""
     if len(indices) > 1:
         return itemgetter(*indices)
     return lambda entries: tuple(entries[index] for index in indices)

@@ -22,14 +22,14 @@ _MAX_DEPTH = 8
 
 
 def parameter_names(param_groups: Sequence[dict[str, Any]], module: nn.Module | None) -> list[str]:
-    """Return a name for every parameter: the optimizer's own, else the module's, else its place."""
+    """Return a name for every parameter: the optimizer's own, else the module's, else its position."""
     by_identity = {} if module is None else {id(parameter): name for name, parameter in module.named_parameters()}
     names: list[str] = []
     for number, group in enumerate(param_groups):
         own = group.get("param_names")
         for index, parameter in enumerate(group["params"]):
-            place = f"{index} of group {number}"
-            names.append(own[index] if own else by_identity.get(id(parameter), place))
+            position = f"{index} of group {number}"
+            names.append(own[index] if own else by_identity.get(id(parameter), position))
     return names
 
 

@@ -207,11 +207,11 @@ def check_same_parameters(
         if not are_sharded:
             return
         raise RuntimeError(
-            "parameters were moved to another group, which a divided step does not follow: detach() this optimizer, on "
+            "parameters were moved to another group, which a sharded step does not follow: detach() this optimizer, on "
             "all ranks, and wrap it anew"
         )
-    place = next((i for i, (a, b) in enumerate(zip(parameters, before, strict=False)) if a is not b), None)
-    what = f"{len(before)} became {len(parameters)}" if place is None else f"parameter {place} is another tensor now"
+    index = next((i for i, (a, b) in enumerate(zip(parameters, before, strict=False)) if a is not b), None)
+    what = f"{len(before)} became {len(parameters)}" if index is None else f"parameter {index} is another tensor now"
     raise RuntimeError(
         f"param_groups must keep the parameters that were wrapped, but {what}: add parameters with add_param_group(); "
         "to replace or remove some, detach() this optimizer first, on all ranks, and wrap the changed one anew"

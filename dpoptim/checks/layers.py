@@ -51,13 +51,13 @@ def _layers(parameters: Sequence[Tensor], module: nn.Module | None) -> list[nn.M
     """Return the layers of such kinds, or of classes derived from them."""
     if module is not None:
         return [layer for layer in module.modules() if isinstance(layer, _KINDS)]
-    place = {id(parameter): number for number, parameter in enumerate(parameters)}
+    index = {id(parameter): number for number, parameter in enumerate(parameters)}
     found = []
     kinds = _with_derived(_KINDS)
     for candidate in gc.get_referrers(*kinds):  # an object refers to its class
         if type(candidate) in kinds:
             own = candidate.__dict__.get("_parameters", {}).values()
-            found += [(place[id(parameter)], candidate) for parameter in own if id(parameter) in place]
+            found += [(index[id(parameter)], candidate) for parameter in own if id(parameter) in index]
     return list(dict.fromkeys(layer for _, layer in sorted(found, key=lambda pair: pair[0])))
 
 

@@ -53,9 +53,9 @@ def check_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any], names: S
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         _check_hyper_parameters(torch_class, number, group, saved)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    places = [place for saved in saved_groups for place in saved["params"]]
-    for parameter, place, name in zip(parameters, places, names, strict=True):
-        entry = state_dict["state"].get(place)
+    keys = [key for saved in saved_groups for key in saved["params"]]
+    for parameter, key, name in zip(parameters, keys, names, strict=True):
+        entry = state_dict["state"].get(key)
         if entry:
             _check_state(torch_class, parameter, name, entry)
 

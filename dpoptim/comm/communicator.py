@@ -309,7 +309,7 @@ class Communicator:
     def allocate(self, num_bytes: int) -> Memory | None:
         """Return memory that all ranks map, if there is any, instead of what was allocated before; collective, blocks.
 
-        Tensors that are summed often had better lie there, at the same place on all ranks. With 0 bytes what was
+        Tensors that are summed often had better lie there, at the same offset on all ranks. With 0 bytes what was
         allocated is given back; local then, between the same collectives of all ranks. No collective is under way.
         """
         return self._router.allocate(num_bytes)

@@ -49,28 +49,28 @@ def sum_in_order(values: Sequence[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def add_others_in_order(values: Sequence[Tensor], place: int, scratch: Tensor) -> Tensor:
-    """Sum two or more tensors, in their order, into the one at ``place``; return it.
+def add_others_in_order(values: Sequence[Tensor], position: int, scratch: Tensor) -> Tensor:
+    """Sum two or more tensors, in their order, into the one at ``position``; return it.
 
     Parameters
     ----------
     values : sequence of Tensor
         Of one dtype, not of 16 bits, and of one shape, flat.
-    place : int
+    position : int
         Which of them receives the sum. The others are read alone.
     scratch : Tensor, flat
         At least as long, of the same dtype.
     """
-    own = values[place]
-    if place < 2:  # a + b is b + a
-        own.add_(values[1 - place])
+    own = values[position]
+    if position < 2:  # a + b is b + a
+        own.add_(values[1 - position])
         later = values[2:]
     else:
         total = torch.add(values[0], values[1], out=scratch[: len(own)])
-        for value in values[2:place]:
+        for value in values[2:position]:
             total.add_(value)
         torch.add(total, own, out=own)
-        later = values[place + 1 :]
+        later = values[position + 1 :]
     for value in later:
         own.add_(value)
     return own

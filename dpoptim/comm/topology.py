@@ -18,7 +18,7 @@ class Topology:
     node : int
         Index of this rank's node.
     local_rank : int
-        This rank's place in its node.
+        This rank's index in its node.
     """
 
     nodes: tuple[tuple[int, ...], ...]

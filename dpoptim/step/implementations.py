@@ -144,20 +144,20 @@ def _is_like(entry: Any, parameter: Tensor) -> bool:
 
 
 def sharing_memory(lists: Iterable[Sequence[Any]]) -> set[int]:
-    """Return the places in the lists of which an entry shares memory with another one."""
+    """Return the positions in the lists of which an entry shares memory with another one."""
     spans = []
     for entries in lists:
-        for place, entry in enumerate(entries):
+        for index, entry in enumerate(entries):
             if type(entry) in _PLAIN_TYPES and entry.layout == torch.strided and entry.numel():
                 start = entry.data_ptr()
                 reach = sum((size - 1) * stride for size, stride in zip(entry.shape, entry.stride(), strict=True))
-                spans.append((start, start + (reach + 1) * entry.itemsize, place))
+                spans.append((start, start + (reach + 1) * entry.itemsize, index))
     spans.sort()
     shared = set()
     stop = last = 0
-    for start, end, place in spans:
+    for start, end, index in spans:
         if start < stop:
-            shared |= {place, last}
+            shared |= {index, last}
         if end > stop:
-            stop, last = end, place
+            stop, last = end, index
     return shared

@@ -217,7 +217,7 @@ def _accepts_closure(step: Callable[..., Any]) -> bool:
 
 @functools.cache
 def _closure_parameter(step: Callable[..., Any]) -> inspect.Parameter | None:
-    """Return what stands first behind ``self``, if it can be given by its place."""
+    """Return what stands first behind ``self``, if it can be given by its position."""
     parameters = list(inspect.signature(step).parameters.values())[1:]
     first = parameters[0] if parameters else None
     if first is None or first.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):

@@ -71,6 +71,6 @@ class OuterState(defaultdict[Any, Any]):
 
 def _refuse() -> NoReturn:
     raise RuntimeError(
-        "the state of this parameter is divided among ranks: read it with full_state_dict() and write it with "
+        "the state of this parameter is sharded among ranks: read it with full_state_dict() and write it with "
         "load_full_state_dict(), on all of them"
     )

@@ -212,11 +212,11 @@ class Probe:
         """Return group and position of each toy in a twin."""
         numbers = {g: number for number, g in enumerate(self._groups)}
         seen: dict[int, int] = {}
-        places = []
+        positions = []
         for g, _ in self._places:
-            places.append((numbers[g], seen.get(g, 0)))
+            positions.append((numbers[g], seen.get(g, 0)))
             seen[g] = seen.get(g, 0) + 1
-        return places
+        return positions
 
     def _toys(self, twin: Any) -> list[Tensor]:
         return [twin.param_groups[g]["params"][i] for g, i in self._toy_places()]

@@ -85,7 +85,7 @@ class ShardedStep:
         if addresses == self._addresses:
             return
         if shared := sharing_memory([parameters]):
-            shapes = ", ".join(str(tuple(parameters[place].shape)) for place in sorted(shared))
+            shapes = ", ".join(str(tuple(parameters[index].shape)) for index in sorted(shared))
             raise RuntimeError(
                 f"parameters of shapes {shapes} were given memory that they share: with shard=True the owner of each "
                 "would step it. Make them one parameter before the optimizer is constructed"

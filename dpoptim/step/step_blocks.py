@@ -90,7 +90,7 @@ class Blocks:
         for indices in small.values():
             sizes_bytes = [lists[0][index].nbytes for index in indices]
             for run in group_by_size(sizes_bytes, _TOGETHER_NUMEL * lists[0][indices[0]].itemsize):
-                members = [indices[place] for place in run]
+                members = [indices[index] for index in run]
                 if len(members) > 1 or have_rates:
                     self._blocks.append(_Block(members, lists, have_rates=have_rates))
                 else:
@@ -267,13 +267,13 @@ class _Entries:
 
     def move_in(self, others: Sequence[Tensor], states: Iterable[dict[str, Any]]) -> bool:
         """Put the views into the optimizer's state in place of these; return False if one of them is not there."""
-        places = []
+        slots = []
         for other, entry in zip(others, states, strict=True):
             key = next((key for key, value in entry.items() if value is other), None)
             if key is None:
                 return False
-            places.append((entry, key))
-        for (entry, key), view in zip(places, self.views, strict=True):
+            slots.append((entry, key))
+        for (entry, key), view in zip(slots, self.views, strict=True):
             entry[key] = view
         return True
 

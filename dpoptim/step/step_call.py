@@ -94,7 +94,7 @@ class StepCall:
             have_rates=have_rates,
         )
         self._strides = {
-            place: parameter.stride() for place, parameter in enumerate(lists[0]) if not parameter.is_contiguous()
+            index: parameter.stride() for index, parameter in enumerate(lists[0]) if not parameter.is_contiguous()
         }
         self._state = self._state_apart(lists)
         self._addresses = _addresses(self._state)
@@ -110,7 +110,7 @@ class StepCall:
         return (
             all(map(is_, state, self._state))
             and _addresses(state) == self._addresses
-            and all(lists[0][place].stride() == stride for place, stride in self._strides.items())
+            and all(lists[0][index].stride() == stride for index, stride in self._strides.items())
         )
 
     def _state_apart(self, lists: Sequence[list[Any]]) -> list[Any]:
@@ -158,9 +158,9 @@ def _align(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     """
     if all(map(_is_contiguous, gradients)) and all(map(_is_contiguous, parameters)):
         return
-    for place, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         if gradient.stride() != parameter.stride():
-            gradients[place] = torch.empty_like(parameter).copy_(gradient)
+            gradients[index] = torch.empty_like(parameter).copy_(gradient)
 
 
 def _addresses(entries: Sequence[Tensor | None]) -> list[int]:

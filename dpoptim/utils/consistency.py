@@ -116,10 +116,10 @@ def check_replicas(communicator: Communicator, tensors: Iterable[tuple[str, Tens
     """
     digests = [(name, digest(tensor)) for name, tensor in tensors]
     everybody = communicator.all_gather_object(digests)
-    for place, entries in enumerate(zip(*everybody, strict=False)):
+    for index, entries in enumerate(zip(*everybody, strict=False)):
         different = [rank for rank, entry in enumerate(entries) if entry != entries[0]]
         if different:
-            name = digests[place][0]
+            name = digests[index][0]
             raise raised_on_all_ranks(
                 RuntimeError(f"'{name}' differs between rank 0 and ranks {', '.join(map(str, different))}")
             )
@@ -153,11 +153,11 @@ def _first_difference(first: Any, other: Any, rank: int) -> str | None:
                     f"on rank {rank}"
                 )
     if len(parameters_0) != len(parameters_r):
-        longer, place = max((parameters_0, "0"), (parameters_r, str(rank)), key=lambda pair: len(pair[0]))
+        longer, holder = max((parameters_0, "0"), (parameters_r, str(rank)), key=lambda pair: len(pair[0]))
         extra = longer[min(len(parameters_0), len(parameters_r))].name
         return (
             f"the optimizer has {len(parameters_0)} parameters on rank 0 but {len(parameters_r)} on rank {rank} "
-            f"(the first that only rank {place} has is '{extra}')"
+            f"(the first that only rank {holder} has is '{extra}')"
         )
     for index, (group_0, group_r) in enumerate(zip(groups_0, groups_r, strict=False)):
         for key in sorted(group_0.keys() | group_r.keys()):

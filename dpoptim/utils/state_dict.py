@@ -99,18 +99,18 @@ def is_slice(form: NamedState, name: str, key: str) -> bool:
 
 
 def unique_names(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> list[str]:
-    """Return one name a parameter, in order: the given ones, else the groups' own, else their places.
+    """Return one name a parameter, in order: the given ones, else the groups' own, else their positions.
 
-    A name that comes twice (two models in one optimizer) is followed by its place.
+    A name that comes twice (two models in one optimizer) is followed by its position.
     """
-    places = [f"{i} of group {g}" for g, group in enumerate(param_groups) for i in range(len(group["params"]))]
+    positions = [f"{i} of group {g}" for g, group in enumerate(param_groups) for i in range(len(group["params"]))]
     if names is None:
         own = [name for group in param_groups for name in group.get("param_names") or [None] * len(group["params"])]
-        names = [name or place for name, place in zip(own, places, strict=True)]
-    if len(names) != len(places):
-        raise ValueError(f"names must have one entry a parameter ({len(places)}), got {len(names)}")
+        names = [name or position for name, position in zip(own, positions, strict=True)]
+    if len(names) != len(positions):
+        raise ValueError(f"names must have one entry a parameter ({len(positions)}), got {len(names)}")
     twice = {name for name, count in Counter(names).items() if count > 1}
-    return [f"{name} ({place})" if name in twice else name for name, place in zip(names, places, strict=True)]
+    return [f"{name} ({position})" if name in twice else name for name, position in zip(names, positions, strict=True)]
 
 
 def to_named(
@@ -125,7 +125,7 @@ def to_named(
     shapes : sequence
         The shape of every parameter, in the order of the groups.
     names : sequence of str, optional
-        The name of every parameter; by default the groups' ``param_names``, or places such as ``"3 of group 0"``.
+        The name of every parameter; by default the groups' ``param_names``, or positions such as ``"3 of group 0"``.
 
     Raises
     ------

@@ -80,7 +80,7 @@ def test_a_divided_state_is_not_read_or_written_by_parameter(world, mode):
     model, opt, *_ = _pair("AdamW", {"lr": 0.01}, mode)
     train(opt, model, torch.ones(2, 5, dtype=torch.float64))
     parameter = next(model.parameters())
-    message = r"the state of this parameter is divided among ranks: read it with full_state_dict\(\)"
+    message = r"the state of this parameter is sharded among ranks: read it with full_state_dict\(\)"
     with pytest.raises(RuntimeError, match=message):
         opt.state[parameter]
     with pytest.raises(RuntimeError, match=message):

@@ -12,15 +12,17 @@ from dpoptim.utils import preemption
 PROGRAM = """
 import os, signal, sys, torch, dpoptim
 from mpi4py import MPI
+from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.router import Router
 from dpoptim.utils import checkpoint, preemption
 comm, path, number, overlap = MPI.COMM_WORLD, sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 model = torch.nn.Linear(3, 2)
 opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(model.named_parameters(), lr=0.1), overlap=overlap)
 calls = []
-for name in ("all_reduce", "start_all_reduce", "start_sum"):
-    original = getattr(type(opt.communicator), name)
+for kind, name in ((Communicator, "all_reduce"), (Communicator, "start_all_reduce"), (Router, "start_sum")):
+    original = getattr(kind, name)
     count = lambda self, t, original=original, **k: (calls.append(len(t)), original(self, t, **k))[1]
-    setattr(type(opt.communicator), name, count)
+    setattr(kind, name, count)
 stop = preemption.StopSignal(opt)
 for step in range(100):
     if step == 5 and comm.rank == comm.size - 1:

@@ -269,16 +269,16 @@ class Messages(Transport):
         """Sum a share of every rank's part, again and again."""
         starts = start_offsets(counts)
         for firsts, sizes in self._shares(source, counts):
-            places = [start + first for start, first in zip(starts, firsts, strict=True)]
+            offsets = [start + first for start, first in zip(starts, firsts, strict=True)]
             own = output.narrow(0, firsts[self.rank], sizes[self.rank])
-            yield self._reduce_scatter_piece(own, source, places, sizes)
+            yield self._reduce_scatter_piece(own, source, offsets, sizes)
 
     def all_gather_pieces(self, whole: Tensor, counts: Sequence[int]) -> Iterator[Iterator[Request]]:
         """Collect a share of every rank's part of ``whole``, again and again."""
         starts = start_offsets(counts)
         for firsts, sizes in self._shares(whole, counts):
-            places = [start + first for start, first in zip(starts, firsts, strict=True)]
-            yield self._all_gather_piece(whole, places, sizes)
+            offsets = [start + first for start, first in zip(starts, firsts, strict=True)]
+            yield self._all_gather_piece(whole, offsets, sizes)
 
     # ---------------------------------------------------------------- how
 

@@ -24,7 +24,7 @@ _WANTED_BYTES = _PAGE_BYTES // 4
 # More would hold up one step for long.
 _MAX_PAGES_AT_ONCE = 16
 # Places of tensors that change with every step, without end, are not followed.
-_MAX_PLACES = 64
+_MAX_SETS = 64
 _MADV_COLLAPSE = 25  # linux/mman.h
 
 
@@ -33,7 +33,7 @@ class HugePages:
 
     def __init__(self) -> None:
         self._tried: set[int] = set()
-        self._settled: set[tuple[tuple[int, int], ...]] = set()  # places whose pages were all tried
+        self._settled: set[tuple[tuple[int, int], ...]] = set()  # spans whose pages were all tried
 
     def want(self, tensors: Iterable[tuple[int, int]]) -> None:
         """Try some pages of these tensors that were not tried before.
@@ -43,11 +43,11 @@ class HugePages:
         tensors : iterable of (int, int)
             The address of each, and its size in bytes.
         """
-        places = tuple(tensors)
-        if places in self._settled or len(self._settled) == _MAX_PLACES or _madvise is None:
+        spans = tuple(tensors)
+        if spans in self._settled or len(self._settled) == _MAX_SETS or _madvise is None:
             return
         wanted_bytes = Counter[int]()
-        for start, num_bytes in places:
+        for start, num_bytes in spans:
             stop = start + num_bytes
             for page in range(start // _PAGE_BYTES, -(-stop // _PAGE_BYTES)):
                 wanted_bytes[page] += min(stop, (page + 1) * _PAGE_BYTES) - max(start, page * _PAGE_BYTES)
@@ -57,7 +57,7 @@ class HugePages:
             _madvise(page * _PAGE_BYTES, _PAGE_BYTES, _MADV_COLLAPSE)
             self._tried.add(page)
         if len(untried) <= _MAX_PAGES_AT_ONCE:
-            self._settled.add(places)
+            self._settled.add(spans)
 
 
 _libc = ctypes.CDLL(None)

@@ -54,22 +54,22 @@ class LentMemory:
         """Return a tensor ``start_bytes + offset_bytes`` behind the start of this rank's area; its own storage."""
         return self._memory.tensor(dtype, shape, self._offset_bytes(self._rank) + start_bytes + offset_bytes)
 
-    def view(self, rank: int, place: int, num_bytes: int) -> Tensor | None:
+    def view(self, rank: int, address: int, num_bytes: int) -> Tensor | None:
         """Return the bytes at this address of a rank, as this rank sees them; None if they lie elsewhere."""
-        key = rank, place, num_bytes
+        key = rank, address, num_bytes
         found = self._views.get(key)
-        if found is None and self._holds(rank, place, num_bytes):
-            found = self._views[key] = self._at(rank, place, torch.uint8, num_bytes)
+        if found is None and self._holds(rank, address, num_bytes):
+            found = self._views[key] = self._at(rank, address, torch.uint8, num_bytes)
         return found
 
-    def sum_part(self, places: Sequence[int], dtype: torch.dtype, start: int, numel: int, scale: float) -> bool:
+    def sum_part(self, addresses: Sequence[int], dtype: torch.dtype, start: int, numel: int, scale: float) -> bool:
         """Sum a part of a tensor over all ranks, and put ``scale`` times the sum in its place here.
 
         Sums are taken as everywhere (Note [Order of sums] in summing.py). Nobody else reads this part meanwhile.
 
         Parameters
         ----------
-        places : tuple of int
+        addresses : tuple of int
             Where the tensor lies on each rank.
         dtype : torch.dtype
             Of the tensor; not one that is summed in another.
@@ -83,10 +83,10 @@ class LentMemory:
         bool
             Whether that was done: the tensor lies in all ranks' areas.
         """
-        key = places, dtype, start, numel
+        key = addresses, dtype, start, numel
         windows = self._windows.get(key)
         if windows is None:
-            windows = self._cut(places, dtype, start, numel)
+            windows = self._cut(addresses, dtype, start, numel)
             if windows is None:
                 return False
             self._windows[key] = windows
@@ -99,25 +99,25 @@ class LentMemory:
         if scale != 1.0:
             own.mul_(scale)
 
-    def _cut(self, places: Sequence[int], dtype: torch.dtype, start: int, numel: int) -> list[list[Tensor]] | None:
+    def _cut(self, addresses: Sequence[int], dtype: torch.dtype, start: int, numel: int) -> list[list[Tensor]] | None:
         """Return every rank's values of a part, window by window."""
         size = dtype.itemsize
-        if not all(self._holds(rank, place + start * size, numel * size) for rank, place in enumerate(places)):
+        if not all(self._holds(rank, address + start * size, numel * size) for rank, address in enumerate(addresses)):
             return None
         window = self._window_bytes // size
         return [
             [
-                self._at(rank, place + first * size, dtype, min(window, start + numel - first))
-                for rank, place in enumerate(places)
+                self._at(rank, address + first * size, dtype, min(window, start + numel - first))
+                for rank, address in enumerate(addresses)
             ]
             for first in range(start, start + numel, window)
         ]
 
-    def _holds(self, rank: int, place: int, num_bytes: int) -> bool:
-        return 0 <= place - self._starts[rank] <= self._num_bytes - num_bytes
+    def _holds(self, rank: int, address: int, num_bytes: int) -> bool:
+        return 0 <= address - self._starts[rank] <= self._num_bytes - num_bytes
 
-    def _at(self, rank: int, place: int, dtype: torch.dtype, numel: int) -> Tensor:
-        return self._memory.tensor(dtype, [numel], self._offset_bytes(rank) + place - self._starts[rank])
+    def _at(self, rank: int, address: int, dtype: torch.dtype, numel: int) -> Tensor:
+        return self._memory.tensor(dtype, [numel], self._offset_bytes(rank) + address - self._starts[rank])
 
     def _offset_bytes(self, rank: int) -> int:
         return rank * self._num_bytes

@@ -108,28 +108,28 @@ def _anonymous() -> tuple[int, str]:
 
 def _mapped(node: Node, num_bytes: int, make: Callable[[], tuple[int, str]]) -> mmap.mmap:
     """Map one file on all ranks, which rank 0 makes (Note [A mapped file]); collective, raises OSError on all."""
-    descriptor, place, error, mapped = -1, None, None, None
+    descriptor, location, error, mapped = -1, None, None, None
     try:
         if node.rank == 0:
             descriptor, path = make()
-            place = path, _identity(descriptor)
+            location = path, _identity(descriptor)
             os.ftruncate(descriptor, num_bytes)
     except OSError as caught:
         error = caught
-    place = node.broadcast_object(place, root=0)
+    location = node.broadcast_object(location, root=0)
     try:
-        if place is not None and error is None:
+        if location is not None and error is None:
             if node.rank > 0:
-                descriptor = os.open(place[0], os.O_RDWR | os.O_CLOEXEC)
-            mapped = _allocated(node, descriptor, num_bytes, place[1])
+                descriptor = os.open(location[0], os.O_RDWR | os.O_CLOEXEC)
+            mapped = _allocated(node, descriptor, num_bytes, location[1])
     except OSError as caught:
         error = caught
     # Also keeps the descriptor of rank 0 until all have opened it.
     errors = node.all_gather_object(None if error is None else f"rank {node.rank} of the node: {error}")
     if descriptor >= 0:
         os.close(descriptor)
-    if node.rank == 0 and make is _named and place is not None:
-        Path(place[0]).unlink()
+    if node.rank == 0 and make is _named and location is not None:
+        Path(location[0]).unlink()
     reason = next((text for text in errors if text is not None), None)
     if reason is not None or mapped is None:
         if mapped is not None:

@@ -66,20 +66,20 @@ class StagingArea(NodeTransport):
     def all_reduce(self, tensor: Tensor, scale: float = 1.0) -> Work:
         """Sum over the ranks, in place."""
         chunks = torch.split(tensor, self._in_bytes // tensor.element_size())
-        divided = [torch.split(chunk, even_counts(chunk.numel(), self._size)) for chunk in chunks]
-        if divided:
-            self._put(divided[0], scale)
-        for index, parts in enumerate(divided):
+        split_chunks = [torch.split(chunk, even_counts(chunk.numel(), self._size)) for chunk in chunks]
+        if split_chunks:
+            self._put(split_chunks[0], scale)
+        for index, parts in enumerate(split_chunks):
             self._meet()
             if index:
-                self._take_sums(divided[index - 1], turn=self._turn - 1)
+                self._take_sums(split_chunks[index - 1], turn=self._turn - 1)
             self._sum(parts[self._rank], parts[self._rank], scale)
             self._turn += 1
-            if index + 1 < len(divided):
-                self._put(divided[index + 1], scale)
-        if divided:
+            if index + 1 < len(split_chunks):
+                self._put(split_chunks[index + 1], scale)
+        if split_chunks:
             self._meet()
-            self._take_sums(divided[-1], turn=self._turn - 1)
+            self._take_sums(split_chunks[-1], turn=self._turn - 1)
         return DONE
 
     def reduce_scatter(
@@ -124,12 +124,12 @@ class StagingArea(NodeTransport):
     # ---------------------------------------------------------------- how
 
     def _put(self, parts: Sequence[Tensor], scale: float) -> None:
-        """Copy what others sum into this rank's area; each owner's part at the owner's place."""
+        """Copy what others sum into this rank's area; each owner's part at the owner's offset."""
         slot = self._in(parts[0].dtype)[self._rank]
-        place = slot.numel() // self._size
+        room = slot.numel() // self._size
         for owner, part in enumerate(parts):
             if owner != self._rank and part.numel():
-                _copy_scaled(slot[owner * place : owner * place + part.numel()], part, scale)
+                _copy_scaled(slot[owner * room : owner * room + part.numel()], part, scale)
 
     def _sum(self, output: Tensor, own: Tensor, scale: float) -> None:
         """Sum this rank's part over all ranks, in its output area and ``output`` (Note [Order of sums])."""

@@ -83,7 +83,7 @@ def write_shard(path: Path, sources: Sequence[Source]) -> None:
 
 
 def shard_entries(path: Path, number: int) -> tuple[File, list[tuple[str, torch.dtype, tuple[int, ...], Piece]]]:
-    """Return what the header of a file says: the file itself, and its pieces; ``number`` is its place in the index."""
+    """Return what the header of a file says: the file itself, and its pieces; ``number`` is its position in the index."""
     with path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -190,8 +190,8 @@ class Reader:
         size_bytes = min(CHUNK_BYTES, piece_bytes - number * CHUNK_BYTES)
         memory = memoryview(self._scratch)[:size_bytes] if memory is None else memory
         self._fill(memory, piece.file, piece.offset + number * CHUNK_BYTES)
-        place = CHECKSUM_DIGITS * number
-        if checksum(memory) != piece.checksums[place : place + CHECKSUM_DIGITS]:
+        start = CHECKSUM_DIGITS * number
+        if checksum(memory) != piece.checksums[start : start + CHECKSUM_DIGITS]:
             raise CheckpointError(
                 f"{self._path(piece.file)} is damaged: tensor '{name}' does not have its checksum in elements "
                 f"{piece.start} to {piece.stop}, bytes {piece.offset + number * CHUNK_BYTES} on"

@@ -283,10 +283,10 @@ def _check(sources: list[Source]) -> None:
     for source in sources:
         if source.values.dtype not in DTYPES:
             raise TypeError(f"'{source.name}' has dtype {source.values.dtype}, which safetensors has not: convert it")
-        place = (source.name, source.start)
-        if place in seen:
+        source_start = (source.name, source.start)
+        if source_start in seen:
             raise ValueError(f"two tensors would have the name '{source.name}' in the checkpoint: rename one")
-        seen.add(place)
+        seen.add(source_start)
 
 
 def _torn(metas: Sequence[Any]) -> list[str]:

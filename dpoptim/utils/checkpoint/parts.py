@@ -184,7 +184,7 @@ def optimizer_misfit(
     own = {name: (tuple(p.shape), _dtype_name(p)) for name, p in zip(names, _parameters(optimizer), strict=True)}
     theirs = {name: (tuple(shape), stored["dtypes"].get(name)) for name, shape in stored["shapes"].items()}
     groups = [group["params"] for group in stored["param_groups"]]
-    own_groups = _divided(names, optimizer)
+    own_groups = _names_by_group(names, optimizer)
     counts, own_counts = [len(group) for group in groups], [len(group) for group in own_groups]
     if counts != own_counts:
         return f"{part} has groups of {counts} parameters in the checkpoint but of {own_counts} in the program"
@@ -207,7 +207,7 @@ def optimizer_misfit(
 def load_optimizer(optimizer: Optimizer, module: nn.Module | None, reader: Reader, stored: Mapping[str, Any]) -> None:
     """Read the slices that this rank holds and give them to the optimizer."""
     names = _names(optimizer, module)
-    own_groups = _divided(names, optimizer)
+    own_groups = _names_by_group(names, optimizer)
     groups = decode(stored["param_groups"], reader.read)
     to_own = _renaming([group["params"] for group in groups], own_groups)
     assert to_own is not None, "checked by optimizer_misfit"
@@ -285,7 +285,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _names(optimizer: Optimizer, module: nn.Module | None) -> list[str]:
-    """Return the optimizer's own names of its parameters, else the model's, else their places."""
+    """Return the optimizer's own names of its parameters, else the model's, else their positions."""
     by_identity = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     named = [
         {**group, "param_names": group.get("param_names") or [by_identity.get(id(p)) for p in group["params"]]}
@@ -294,18 +294,18 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> list[str]:
     return unique_names(named)
 
 
-def _divided(names: Sequence[str], optimizer: Optimizer) -> list[list[str]]:
+def _names_by_group(names: Sequence[str], optimizer: Optimizer) -> list[list[str]]:
     rest = iter(names)
     return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]
 
 
 def _renaming(groups: Sequence[Sequence[str]], own_groups: Sequence[Sequence[str]]) -> dict[str, str] | None:
-    """Return which parameter of the program each one in the checkpoint is; by place where a side has no names."""
+    """Return which parameter of the program each one in the checkpoint is; by position where a side has no names."""
     theirs, own = ([name for group in side for name in group] for side in (groups, own_groups))
     if set(theirs) == set(own):
         return {name: name for name in theirs}
-    places = unique_names([{"params": list(group)} for group in own_groups])
-    if places in (theirs, own):
+    positions = unique_names([{"params": list(group)} for group in own_groups])
+    if positions in (theirs, own):
         return dict(zip(theirs, own, strict=True))
     return None
 

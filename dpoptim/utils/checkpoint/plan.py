@@ -77,32 +77,32 @@ def divide_held(
     total = sum((stop - start) * element_bytes[name] for name, start, stop in intervals)
     quotas = _level(total, [loads_bytes[rank] for rank in ranks])
     result: dict[int, Intervals] = {rank: {} for rank in ranks}
-    place, left = 0, quotas[0]
+    index, left = 0, quotas[0]
     for name, begin, stop in intervals:
         start, size = begin, element_bytes[name]
         while start < stop:
-            is_last = place == len(ranks) - 1
+            is_last = index == len(ranks) - 1
             count = stop - start if is_last else min(stop - start, left // size)
             if count:
-                result[ranks[place]].setdefault(name, []).append((start, start + count))
-                loads_bytes[ranks[place]] += count * size
+                result[ranks[index]].setdefault(name, []).append((start, start + count))
+                loads_bytes[ranks[index]] += count * size
                 left -= count * size
                 start += count
             if start < stop:
-                place += 1
-                left += quotas[place]  # what was too little for one element goes to the next
+                index += 1
+                left += quotas[index]  # what was too little for one element goes to the next
     return result
 
 
 def _level(total: int, loads: Sequence[int]) -> list[int]:
     """Return how much of ``total`` each gets so that all end as level as they can."""
-    order = sorted(range(len(loads)), key=lambda place: loads[place])
+    order = sorted(range(len(loads)), key=lambda index: loads[index])
     quotas = [0] * len(loads)
     for count in range(len(loads), 0, -1):
         lowest = order[:count]
-        level, extra = divmod(total + sum(loads[place] for place in lowest), count)
+        level, extra = divmod(total + sum(loads[index] for index in lowest), count)
         if level >= loads[lowest[-1]]:
-            for number, place in enumerate(lowest):
-                quotas[place] = level - loads[place] + (number < extra)
+            for number, index in enumerate(lowest):
+                quotas[index] = level - loads[index] + (number < extra)
             break
     return quotas

@@ -85,8 +85,8 @@ def differences(
         a, b = _wide(one), _wide(other)
         change = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
         tolerance = tolerance.expand(change.shape)  # noqa: PLW2901
-        place = torch.where(change == 0, 0.0, change / tolerance).flatten().argmax()
-        yield Difference(what, name, float(change.flatten()[place]), float(tolerance.flatten()[place]))
+        index = torch.where(change == 0, 0.0, change / tolerance).flatten().argmax()
+        yield Difference(what, name, float(change.flatten()[index]), float(tolerance.flatten()[index]))
 
 
 def allowed_of_parameter(before: Tensor, after: Tensor, rounding: float) -> Tensor:

@@ -73,8 +73,8 @@ class TrainingCopy:
             storage = original.untyped_storage()
             if num_users[storage.data_ptr()] > 1 or made.stride() != original.stride():
                 own = storages.setdefault(storage.data_ptr(), storage.clone())
-                place = (original.storage_offset(), original.shape, original.stride())
-                made.data = torch.empty(0, dtype=original.dtype, device=original.device).set_(own, *place)
+                layout = (original.storage_offset(), original.shape, original.stride())
+                made.data = torch.empty(0, dtype=original.dtype, device=original.device).set_(own, *layout)
             if not original.requires_grad:
                 continue
             for hook in (original._backward_hooks or {}).values():
