@@ -7,6 +7,8 @@ belongs to it until ``Work.wait`` returns, and must then hold the same bits on e
 
 Where ranks share the work of the step (``shard``, ``node_shared``), ``bucket.division`` says who owns which part, and
 only ``bucket.own`` must hold the sum. A hook may all-reduce nevertheless; :func:`sum_over_ranks` does what is needed.
+
+Tests: ``tests/gradients/test_comm_hooks.py``.
 """
 
 import torch

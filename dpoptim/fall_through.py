@@ -1,4 +1,7 @@
-"""Names that a module has not and lets another one give: what the next torch adds, and what few ask for."""
+"""Names that a module has not and lets another one give: what the next torch adds, and what few ask for.
+
+Tests: ``tests/test_package.py``.
+"""
 
 import sys
 from collections.abc import Callable

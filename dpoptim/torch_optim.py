@@ -6,6 +6,8 @@ times the time of the fused step. The classes here are subclasses of torch's, wi
 ``state_dict``; they differ only where the caller names neither ``fused`` nor ``foreach``, and give the same as torch's
 default then, to rounding.
 
+Tests: ``tests/step/test_implementations.py``.
+
 Note [Choosing the implementation]
 ----------------------------------
 :data:`CHOICES` says what is fastest on CPU; it was measured (``benchmarks/optimizers.py``). Where torch has a fused

@@ -1,4 +1,7 @@
-"""The version of this package."""
+"""The version of this package.
+
+Tests: ``tests/test_package.py``.
+"""
 
 __all__ = ["__version__"]
 

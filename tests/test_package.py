@@ -68,6 +68,19 @@ def _paths():
     return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(dotted, FILES, strict=True)}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_has_a_file_of_tests(path):
+    if path.name in ("__init__.py", "__main__.py"):
+        return
+    found = re.findall(r"^Tests: ``(tests/\S+)``\.$", ast.get_docstring(ast.parse(path.read_text())), re.MULTILINE)
+    inside = path.relative_to(ROOT)
+    of_its_name = ROOT.parent / "tests" / inside.parent / f"test_{path.name}"
+    assert len(found) == (not of_its_name.exists()), (
+        f"{inside} has tests/{inside.parent}/test_{path.name}, or says which"
+    )
+    assert all((ROOT.parent / name).exists() for name in found)
+
+
 # What a folder, or a file, must not know, whatever the order allows.
 NEVER = [
     ("comm", r"dpoptim\.(?!comm\b|partition\b|tuning\b)"),

@@ -1,4 +1,7 @@
-"""What of an optimizer must be alike on all ranks, in the words of the error messages."""
+"""What of an optimizer must be alike on all ranks, in the words of the error messages.
+
+Tests: ``tests/checks/test_ranks_alike.py``.
+"""
 
 import zlib
 from collections.abc import Iterator, Sequence

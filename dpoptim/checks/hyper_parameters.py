@@ -1,5 +1,7 @@
 """HyperParameters: whether the numbers in parameter groups are still those of all ranks. No communication here.
 
+Tests: ``tests/checks/test_ranks_alike.py``.
+
 Note [Numbers that part]
 ------------------------
 A scheduler that decides on a rank's own metric, or a branch that one rank takes, lets learning rates part: parameters

@@ -1,6 +1,8 @@
 """Layers that do something with each rank's batch that one process would do with the joined batch. Local.
 
 They are looked for in the module that the user names, else among all objects, by whose weights are trained.
+
+Tests: ``tests/checks/test_ranks_alike.py``.
 """
 
 import gc

@@ -1,4 +1,7 @@
-"""Whether a state dict fits an optimizer, said before anything is loaded. Nothing collective."""
+"""Whether a state dict fits an optimizer, said before anything is loaded. Nothing collective.
+
+Tests: ``tests/checks/test_arguments.py``.
+"""
 
 import functools
 import inspect

@@ -1,5 +1,7 @@
 """Device tensors for collectives that read host memory.
 
+Tests: ``tests/behaviour/test_cuda.py``.
+
 Note [Device tensors]
 ---------------------
 Device memory is handed to MPI only where the MPI library itself answers that it can read it. Everywhere else it

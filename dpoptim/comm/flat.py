@@ -1,4 +1,7 @@
-"""Arguments of collectives: the flat view of a tensor, and the parts of ranks in it. Local."""
+"""Arguments of collectives: the flat view of a tensor, and the parts of ranks in it. Local.
+
+Tests: ``tests/comm/test_communicator.py``.
+"""
 
 from collections.abc import Sequence
 

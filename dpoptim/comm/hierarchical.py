@@ -1,5 +1,7 @@
 """Hierarchical: collectives of ranks on several nodes, first within each node and then across them.
 
+Tests: ``tests/comm/test_transport.py``.
+
 Note [Within nodes, then across]
 --------------------------------
 The ranks of a node first divide a sum among them. Each then all-reduces its part with its counterparts on the other

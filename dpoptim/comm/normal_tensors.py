@@ -1,4 +1,7 @@
-"""Tensors that outlive a call are made outside of inference mode, whoever makes the call. Local."""
+"""Tensors that outlive a call are made outside of inference mode, whoever makes the call. Local.
+
+Tests: ``tests/behaviour/test_default_device.py``.
+"""
 
 import contextlib
 from collections.abc import Iterator

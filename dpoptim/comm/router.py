@@ -1,4 +1,7 @@
-"""Router: collectives of flat host tensors, each by the transport that :mod:`dpoptim.comm.selection` has chosen."""
+"""Router: collectives of flat host tensors, each by the transport that :mod:`dpoptim.comm.selection` has chosen.
+
+Tests: ``tests/comm/test_communicator.py``.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,7 @@
-"""Which ranks share a node, and the cores that a rank may run on."""
+"""Which ranks share a node, and the cores that a rank may run on.
+
+Tests: ``tests/comm/test_nodes.py``.
+"""
 
 import os
 from dataclasses import dataclass

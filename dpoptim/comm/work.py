@@ -1,4 +1,7 @@
-"""Work and Pending: the two handles of a collective under way, whatever carries it."""
+"""Work and Pending: the two handles of a collective under way, whatever carries it.
+
+Tests: ``tests/comm/test_communicator.py``.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import Future

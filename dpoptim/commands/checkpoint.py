@@ -1,4 +1,7 @@
-"""``python -m dpoptim checkpoint info | verify | export | import``."""
+"""``python -m dpoptim checkpoint info | verify | export | import``.
+
+Tests: ``tests/utils/test_checkpoint.py``.
+"""
 
 import argparse
 import sys

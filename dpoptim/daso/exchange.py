@@ -1,6 +1,8 @@
 """Exchange: when parameters travel among the nodes of a DASO, by which weight, and what of it is under way.
 
 How they travel is in :mod:`dpoptim.daso.node_average`.
+
+Tests: ``tests/daso/test_daso.py``.
 """
 
 import math

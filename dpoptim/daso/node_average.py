@@ -1,5 +1,7 @@
 """The mean of parameters over nodes, computed while training goes on.
 
+Tests: ``tests/daso/test_daso.py``.
+
 Note [Differences travel]
 -------------------------
 Nodes do not send their parameters but the differences to the last mean, which every node knows to the bit. The sum is

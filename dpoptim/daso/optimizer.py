@@ -1,5 +1,7 @@
 """DASO: exchange between nodes every few batches, and only in part, where the network between them is slow.
 
+Tests: ``tests/daso/test_daso.py``.
+
 Note [Phases]
 -------------
 In the blocking phases (warm-up and cool-down) gradients are averaged over all ranks in every step, as a

@@ -1,4 +1,7 @@
-"""The steps of a GradScaler that DASO makes itself, and the scale that nodes agree on."""
+"""The steps of a GradScaler that DASO makes itself, and the scale that nodes agree on.
+
+Tests: ``tests/daso/test_daso.py``.
+"""
 
 import torch
 from torch.optim import Optimizer

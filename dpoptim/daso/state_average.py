@@ -1,4 +1,7 @@
-"""The average of optimizers' states over nodes, a group of tensors at a time."""
+"""The average of optimizers' states over nodes, a group of tensors at a time.
+
+Tests: ``tests/daso/test_daso.py``.
+"""
 
 import zlib
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,7 @@
 """BackwardPasses: what all reducers of one roll call know of the backward under way. No communication here.
 
+Tests: ``tests/gradients/test_backward_errors.py``.
+
 Note [A backward that raised]
 -----------------------------
 autograd calls what was queued for the end of a backward only if it ends well. If a hook or an operation raised, and the

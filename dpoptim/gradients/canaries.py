@@ -1,5 +1,7 @@
 """Canaries: infinite elements of gradients that this rank has in part, so that whoever reads the rest sees it. Local.
 
+Tests: ``tests/behaviour/test_sharded.py``.
+
 Note [Canaries]
 ---------------
 With a sharded step ``p.grad`` is the global mean in this rank's part alone; the rest holds what is left of its own

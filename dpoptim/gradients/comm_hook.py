@@ -1,4 +1,7 @@
-"""CommHook: what a communication hook is, and the sum that is made without one (:mod:`dpoptim.comm_hooks`)."""
+"""CommHook: what a communication hook is, and the sum that is made without one (:mod:`dpoptim.comm_hooks`).
+
+Tests: ``tests/gradients/test_comm_hooks.py``.
+"""
 
 from collections.abc import Callable
 

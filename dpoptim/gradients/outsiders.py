@@ -1,4 +1,7 @@
-"""Outsiders: gradients that no bucket was planned for, which are reduced one by one."""
+"""Outsiders: gradients that no bucket was planned for, which are reduced one by one.
+
+Tests: ``tests/gradients/test_sums.py``.
+"""
 
 from torch import Tensor
 

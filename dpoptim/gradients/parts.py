@@ -1,4 +1,7 @@
-"""Parts: what a reducer is made of, and has in common with what becomes of its gradients."""
+"""Parts: what a reducer is made of, and has in common with what becomes of its gradients.
+
+Tests: ``tests/gradients/test_reducer.py``.
+"""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,8 @@
 """ReducedGradients: what becomes of the gradients of one reducer, all of each on every rank or a part on each.
 
 A new way is a new class with this face; :class:`~dpoptim.gradients.reducer.Reducer` asks for nothing else.
+
+Tests: ``tests/gradients/test_replicated_gradients.py``.
 """
 
 from collections.abc import Sequence

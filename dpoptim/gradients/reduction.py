@@ -1,4 +1,7 @@
-"""Reduction: leads the buckets of one reducer through a reduction, from the meeting to the gradients."""
+"""Reduction: leads the buckets of one reducer through a reduction, from the meeting to the gradients.
+
+Tests: ``tests/gradients/test_reducer.py``.
+"""
 
 import torch
 

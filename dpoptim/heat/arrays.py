@@ -1,4 +1,7 @@
-"""From DNDarrays to this rank's tensors, and from parameters and gradients to DNDarrays; no data is sent."""
+"""From DNDarrays to this rank's tensors, and from parameters and gradients to DNDarrays; no data is sent.
+
+Tests: ``tests/heat/test_heat_arrays.py``.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""``DataParallel`` and ``DataParallelMultiGPU`` with the arguments of Heat's classes, in the module of Heat's name."""
+"""``DataParallel`` and ``DataParallelMultiGPU`` with the arguments of Heat's classes, in the module of Heat's name.
+
+Tests: ``tests/heat/test_heat.py``.
+"""
 
 import warnings
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""``DataParallelOptimizer`` and ``DASO`` with the arguments of Heat's classes, in the module of Heat's name."""
+"""``DataParallelOptimizer`` and ``DASO`` with the arguments of Heat's classes, in the module of Heat's name.
+
+Tests: ``tests/heat/test_heat.py``.
+"""
 
 from collections.abc import Callable
 from typing import Any, SupportsFloat

@@ -1,6 +1,8 @@
 """The names of ``heat.optim.lr_scheduler``: torch's own classes, as in Heat, and those of ours that do more.
 
 ``ReduceLROnPlateau`` decides on the metric's mean over ranks, ``LinearScalingLR`` is not in torch.
+
+Tests: ``tests/heat/test_heat.py``.
 """
 
 from typing import TYPE_CHECKING

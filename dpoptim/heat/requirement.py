@@ -1,4 +1,7 @@
-"""The check that Heat is here, and new enough."""
+"""The check that Heat is here, and new enough.
+
+Tests: ``tests/heat/test_heat.py``.
+"""
 
 import importlib
 from typing import Any

@@ -1,5 +1,7 @@
 """A later optimizer of Heat's names takes the parameters of an earlier one, which ends.
 
+Tests: ``tests/heat/test_heat_succession.py``.
+
 Note [Succession]
 -----------------
 Heat's classes put hooks on parameters and leave them there, so a program may make a second DASO after ``reset()``, or

@@ -1,4 +1,7 @@
-"""The names of ``heat.optim.utils``."""
+"""The names of ``heat.optim.utils``.
+
+Tests: ``tests/heat/test_heat.py``.
+"""
 
 from dpoptim.utils.plateau import DetectMetricPlateau
 

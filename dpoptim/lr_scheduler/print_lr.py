@@ -1,4 +1,7 @@
-"""``print_lr`` of the schedulers, which torch 2.7 has removed and programs still call."""
+"""``print_lr`` of the schedulers, which torch 2.7 has removed and programs still call.
+
+Tests: ``tests/lr_scheduler/test_schedulers.py``.
+"""
 
 from typing import Any
 

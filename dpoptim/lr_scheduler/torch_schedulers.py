@@ -1,4 +1,7 @@
-"""torch's schedulers, which have ``print_lr`` besides."""
+"""torch's schedulers, which have ``print_lr`` besides.
+
+Tests: ``tests/lr_scheduler/test_schedulers.py``.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,8 @@
 """Mode: how the ranks of an optimizer share the work and the memory of its step; and the mode in which they share none.
 
 A new mode is a new class with this face; :class:`~dpoptim.optimizer.DataParallelOptimizer` asks for nothing else.
+
+Tests: ``tests/behaviour/test_equivalence.py``.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """NodeMemory: parameters that lie once in a node, in memory that its ranks share.
 
+Tests: ``tests/behaviour/test_sharded.py``.
+
 Note [One copy a node]
 ----------------------
 ``parameter.data`` of every rank becomes a view of the same memory, with a storage of its own, so that saving or copying

@@ -2,6 +2,8 @@
 
 A step of Note [A sharded step] begins with a meeting, so that nobody writes to parameters that another rank still
 reads, and ends when all ranks have written.
+
+Tests: ``tests/behaviour/test_sharded.py``.
 """
 
 from collections.abc import Callable, Sequence

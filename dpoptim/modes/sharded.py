@@ -1,6 +1,8 @@
 """Sharded: the mode in which every rank has a copy of the parameters, and the state of those that it owns.
 
 A step of Note [A sharded step] ends with an exchange: each owner gives the others what it has stepped.
+
+Tests: ``tests/behaviour/test_sharded.py``.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""ShardedState: the state of an optimizer of which each rank has what belongs to the parameters that it owns."""
+"""ShardedState: the state of an optimizer of which each rank has what belongs to the parameters that it owns.
+
+Tests: ``tests/behaviour/test_sharded.py``.
+"""
 
 import copy
 from collections import defaultdict

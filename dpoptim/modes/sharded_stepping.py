@@ -1,5 +1,7 @@
 """ShardedStepping: what the modes have in common in which each rank steps the parameters that it owns.
 
+Tests: ``tests/behaviour/test_sharded.py``.
+
 Note [A sharded step]
 ---------------------
 Backward leaves each rank the mean of its part of the gradients. ``step`` steps that part. The modes differ in how all

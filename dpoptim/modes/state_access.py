@@ -1,4 +1,7 @@
-"""StateAccess: how the state of a wrapped optimizer is read and loaded, whole or in the parts that ranks have of it."""
+"""StateAccess: how the state of a wrapped optimizer is read and loaded, whole or in the parts that ranks have of it.
+
+Tests: ``tests/behaviour/test_sharded.py``.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """What a step writes elsewhere than into parameters and their state: the same numbers on all ranks, whoever steps what.
 
+Tests: ``tests/behaviour/test_other_classes.py``.
+
 Note [Numbers of a step]
 ------------------------
 Most optimizers outside of torch count steps, or keep other numbers, in their groups (``group["step"] += 1``), some in

@@ -1,4 +1,7 @@
-"""What an optimizer is and has: its class, its parameters, other optimizers in it. Local."""
+"""What an optimizer is and has: its class, its parameters, other optimizers in it. Local.
+
+Tests: ``tests/behaviour/test_other_classes.py``.
+"""
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """CompiledStep: torch's step of an optimizer, compiled for the lists of tensors that it is given.
 
+Tests: ``tests/step/test_flat_step.py``.
+
 Note [What is compiled]
 -----------------------
 ``torch.compile(optimizer.step)`` compiles one program for all tensors of a model: minutes for hundreds, and anew when a

@@ -1,6 +1,8 @@
 """Facts: what is known of each optimizer of ``torch.optim``, a row each; a new one is a new row.
 
 A class that has no row is stepped by torch, divided by whole parameter, and its states are not compared.
+
+Tests: ``tests/behaviour/test_torch_sweep.py``.
 """
 
 from dataclasses import dataclass

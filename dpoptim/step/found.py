@@ -1,4 +1,7 @@
-"""Found: what a step of an optimizer has to step, in the lists that torch's ``_init_group`` gives."""
+"""Found: what a step of an optimizer has to step, in the lists that torch's ``_init_group`` gives.
+
+Tests: ``tests/step/test_implementations.py``.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

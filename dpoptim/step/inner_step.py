@@ -1,5 +1,7 @@
 """InnerStep: how the step of the wrapped optimizer is called, alike on all ranks whatever its class does. Local.
 
+Tests: ``tests/behaviour/test_other_classes.py``.
+
 Note [Steps of other classes]
 -----------------------------
 torch's own classes use what is in their groups, their state and ``p.grad``, which is the same on all ranks. Classes

@@ -1,5 +1,7 @@
 """KeptAttributes: the state that an optimizer keeps outside of ``state`` and its groups, in a state dict. Local.
 
+Tests: ``tests/behaviour/test_other_classes.py``.
+
 Note [State elsewhere]
 ----------------------
 Some classes outside of torch count their steps in an attribute, or wrap another optimizer that has a state of its own.

@@ -1,4 +1,7 @@
-"""OuterState: the ``state`` of an optimizer while the entries of its parameters are sharded among ranks. Local."""
+"""OuterState: the ``state`` of an optimizer while the entries of its parameters are sharded among ranks. Local.
+
+Tests: ``tests/behaviour/test_between_steps.py``.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable

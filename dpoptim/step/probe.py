@@ -1,4 +1,7 @@
-"""Probe: an optimizer tried out on a few small parameters (Note [Probing] in divisibility.py). Local."""
+"""Probe: an optimizer tried out on a few small parameters (Note [Probing] in divisibility.py). Local.
+
+Tests: ``tests/step/test_divisibility.py``.
+"""
 
 import contextlib
 import copy

@@ -1,6 +1,8 @@
 """ShardedStep: an optimizer's step on the part of the parameters that this rank owns. Nothing collective.
 
 See Note [Units] and Note [What other classes do to units] in units.py.
+
+Tests: ``tests/behaviour/test_sharded.py``.
 """
 
 import contextlib

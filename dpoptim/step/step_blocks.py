@@ -6,6 +6,8 @@ Both end when the same elementwise operations run on blocks of a size that fits 
 together into blocks, large ones are cut into blocks. Every element meets the same operations: the result is the same
 bits as without blocks.
 
+Tests: ``tests/step/test_flat_step.py``.
+
 Note [State in blocks]
 ----------------------
 Parameters and gradients are copied into a block and parameters out of it, at every step: they are the user's, who may

@@ -1,6 +1,8 @@
 """StepCall: parameters that are stepped by one call (Note [How a step is divided]), and what it must be given.
 
 Nothing here decides what is stepped how: :mod:`dpoptim.step.step_plan` does.
+
+Tests: ``tests/step/test_implementations.py``.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """The hooks around a step of the wrapper: its own first, then the user's, as torch runs them. Local.
 
+Tests: ``tests/test_optimizer.py``.
+
 Note [A step without its mark]
 ------------------------------
 torch wraps the ``step`` of an optimizer's class when the first object of it is made. The wrapper runs the hooks, and

@@ -1,5 +1,7 @@
 """Plan: which implementation steps what in one optimizer's step.
 
+Tests: ``tests/step/test_implementations.py``.
+
 Note [How a step is divided]
 ----------------------------
 Parameters of groups that have equal hyper-parameters go into one *call*: of the fused kernel, or of the loop over

@@ -1,5 +1,7 @@
 """Units: the tensors that an optimizer steps instead of the parameters of a bucket. Nothing collective.
 
+Tests: ``tests/behaviour/test_other_classes.py``.
+
 Note [Units]
 ------------
 The user's optimizer steps *units*: for the time of a step they stand in its groups instead of the parameters, and their

@@ -1,4 +1,7 @@
-"""The MPI library itself: what it is, what it can do, what is attached to its communicators."""
+"""The MPI library itself: what it is, what it can do, what is attached to its communicators.
+
+Tests: ``tests/comm/test_overlap.py``.
+"""
 
 import ctypes
 import functools

@@ -1,5 +1,7 @@
 """Messages: collectives of flat host tensors by MPI.
 
+Tests: ``tests/comm/test_communicator.py``.
+
 Note [Wire precision]
 ---------------------
 MPI has no sum for bfloat16 and, portably, none for float16. User-defined reduction operations would run Python

@@ -1,4 +1,7 @@
-"""Alone: the collectives of a rank that has nobody to exchange with. No MPI here."""
+"""Alone: the collectives of a rank that has nobody to exchange with. No MPI here.
+
+Tests: ``tests/comm/test_transport.py``.
+"""
 
 from collections.abc import Sequence
 

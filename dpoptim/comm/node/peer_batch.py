@@ -1,4 +1,7 @@
-"""Batches of collectives among ranks that read each other's memory: what is noted of each, and their two meetings."""
+"""Batches of collectives among ranks that read each other's memory: what is noted of each, and their two meetings.
+
+Tests: ``tests/comm/test_batch.py``.
+"""
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,7 @@
-"""Gathers of a batch of collectives: the parts that other ranks own, read from their memory. Local."""
+"""Gathers of a batch of collectives: the parts that other ranks own, read from their memory. Local.
+
+Tests: ``tests/comm/node/test_peer_memory.py``.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,7 @@
-"""Sums of a batch: this rank's parts over all ranks, read from their memory a window at a time. Local."""
+"""Sums of a batch: this rank's parts over all ranks, read from their memory a window at a time. Local.
+
+Tests: ``tests/comm/node/test_peer_memory.py``.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""What a process reads of another one's memory, by the kernel (``process_vm_readv``). Nothing collective."""
+"""What a process reads of another one's memory, by the kernel (``process_vm_readv``). Nothing collective.
+
+Tests: ``tests/comm/node/test_peer_memory.py``.
+"""
 
 import ctypes
 import itertools

@@ -1,5 +1,7 @@
 """StagingArea: the transport among ranks of a node through a small area of memory that they share. No MPI here.
 
+Tests: ``tests/comm/test_transport.py``.
+
 Note [Staging]
 --------------
 Tensors stay in private memory and pass through a small staging area in chunks that fit the caches: a rank copies

@@ -6,6 +6,8 @@ One process converts, and holds everything in memory. In the other formats a che
 
 torch's own formats are pickles. They are read with what torch has for files that are not trusted: ``weights_only``, and
 for the metadata of ``torch.distributed.checkpoint`` an unpickler that makes nothing but the classes of that metadata.
+
+Tests: ``tests/utils/test_checkpoint_convert.py``.
 """
 
 import pickle

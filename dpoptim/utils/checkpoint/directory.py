@@ -3,6 +3,8 @@
 ``checkpoint-00000012`` is complete: the name comes into being in one step, when all that is in it is on the disk.
 ``.saving-00000012`` is being written, ``.removing-00000012`` being deleted; either may be left behind by a
 killed job, is never taken for a checkpoint, and goes when the next one is saved.
+
+Tests: ``tests/utils/test_checkpoint_damage.py``.
 """
 
 import logging

@@ -1,4 +1,7 @@
-"""The error that everything here raises."""
+"""The error that everything here raises.
+
+Tests: ``tests/utils/test_checkpoint_damage.py``.
+"""
 
 __all__ = ["CheckpointError"]
 

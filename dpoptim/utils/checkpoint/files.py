@@ -4,6 +4,8 @@ The format is safetensors' own, so that any of its readers takes the files: eigh
 the header in JSON, the data. They are written here because the checksums, known only when all data has passed by,
 stand in the header: its room is kept free and filled at the end. They are read here because a slice is to be read
 into memory that is there already, and because a mapped file that another process truncates ends a program.
+
+Tests: ``tests/utils/test_checkpoint_damage.py``.
 """
 
 import contextlib
@@ -83,7 +85,7 @@ def write_shard(path: Path, sources: Sequence[Source]) -> None:
 
 
 def shard_entries(path: Path, number: int) -> tuple[File, list[tuple[str, torch.dtype, tuple[int, ...], Piece]]]:
-    """Return what the header of a file says: the file itself, and its pieces; ``number`` is its position in the index."""
+    """Return what the header of a file says: the file itself, and its pieces; ``number`` is its index."""
     with path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         start = file.read(8)

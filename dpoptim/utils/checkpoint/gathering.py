@@ -1,4 +1,7 @@
-"""What goes into a checkpoint, agreed on by all ranks: the index but for the files, and what each rank writes."""
+"""What goes into a checkpoint, agreed on by all ranks: the index but for the files, and what each rank writes.
+
+Tests: ``tests/utils/test_checkpoint.py``.
+"""
 
 import hashlib
 import json

@@ -13,6 +13,8 @@
 Checksums are XXH3, of 64 bits; ``checksums`` has one, of sixteen hexadecimal digits, for every ``CHUNK_BYTES`` of a
 piece, so that a slice can be read and checked without the rest. The index's own checksum is that of its content,
 written without spaces and with sorted keys.
+
+Tests: ``tests/utils/test_checkpoint_damage.py``.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Load a checkpoint, or what of it this rank needs."""
+"""Load a checkpoint, or what of it this rank needs.
+
+Tests: ``tests/utils/test_checkpoint.py``.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

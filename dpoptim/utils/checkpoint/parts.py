@@ -3,6 +3,8 @@
 A part is one of four kinds: a ``torch.nn.Module``; a ``torch.optim.Optimizer``, plain or data-parallel; any other
 *object* with ``state_dict()`` and ``load_state_dict()``, or with an ``epoch`` and ``set_epoch()`` as torch's
 ``DistributedSampler`` has; a *value* made of plain values and tensors.
+
+Tests: ``tests/utils/test_checkpoint.py``.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Who writes what: every element once, every rank about as many bytes. Pure arithmetic, the same on all ranks.
 
+Tests: ``tests/utils/test_checkpoint.py``.
+
 Note [Writers]
 --------------
 An element of the optimizer's state is written by a rank that holds it: the only one in sharded mode, any of several in

@@ -1,4 +1,7 @@
-"""The ranks that save or load together, and errors that all of them raise."""
+"""The ranks that save or load together, and errors that all of them raise.
+
+Tests: ``tests/utils/test_checkpoint.py``.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar

@@ -1,4 +1,7 @@
-"""Random number generators of this process: their states, and new ones derived from another rank's."""
+"""Random number generators of this process: their states, and new ones derived from another rank's.
+
+Tests: ``tests/utils/test_checkpoint.py``.
+"""
 
 import hashlib
 import json

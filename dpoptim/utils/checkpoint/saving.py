@@ -1,5 +1,7 @@
 """Save a checkpoint: all ranks write at once, in the foreground or in the background.
 
+Tests: ``tests/utils/test_checkpoint_kill.py``.
+
 Note [Commit]
 -------------
 Every rank writes one file into a temporary directory and flushes it. Rank 0 reads the headers of all files, writes the

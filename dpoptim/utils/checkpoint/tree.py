@@ -2,6 +2,8 @@
 
 Lists, dicts with string keys, strings, integers, finite numbers, booleans and None are JSON's own. Everything else is
 an object with one key that begins with ``$`` and names the type.
+
+Tests: ``tests/utils/test_checkpoint.py``.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""The batches of all ranks as one, as one process would have it."""
+"""The batches of all ranks as one, as one process would have it.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,7 @@
-"""verify_step: a step of the wrapper against one of a plain process; Note [Three ways to make one step] in sides.py."""
+"""verify_step: a step of the wrapper against one of a plain process; Note [Three ways to make one step] in sides.py.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 import contextlib
 import inspect

@@ -1,5 +1,7 @@
 """How far parameters and gradients may be off, and how far they are. Local.
 
+Tests: ``tests/utils/test_verify.py``.
+
 Note [Tolerance]
 ----------------
 Ranks sum in another order than one process, so that gradients differ by rounding. How much that is follows from the

@@ -1,4 +1,7 @@
-"""Copies of a model with the optimizer that trains it, to train them without touching either. Local."""
+"""Copies of a model with the optimizer that trains it, to train them without touching either. Local.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 import copy
 from collections import Counter, OrderedDict

@@ -1,4 +1,7 @@
-"""Why N ranks do not train as one process: what the model and the loss tell."""
+"""Why N ranks do not train as one process: what the model and the loss tell.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """The ways to make one step that are compared.
 
+Tests: ``tests/utils/test_verify.py``.
+
 Note [Three ways to make one step]
 ----------------------------------
 *The wrapper's*: another wrapper, in the same mode and with the same options, around a copy of the optimizer, for a copy

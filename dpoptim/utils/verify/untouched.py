@@ -1,4 +1,7 @@
-"""What is left as it was: gradients, buffers, random numbers and hooks. Local."""
+"""What is left as it was: gradients, buffers, random numbers and hooks. Local.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 import contextlib
 from collections.abc import Iterator, MutableMapping

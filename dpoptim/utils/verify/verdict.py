@@ -1,4 +1,7 @@
-"""Verdict: what a comparison of steps has found."""
+"""Verdict: what a comparison of steps has found.
+
+Tests: ``tests/utils/test_verify.py``.
+"""
 
 from dataclasses import dataclass
 
