@@ -288,10 +288,6 @@ class Communicator:
             self._router.reduce_scatter_in_node, (flat_view(output), flat), counts, scale, async_op=async_op
         )
 
-    def node_barrier(self) -> None:
-        """Wait until all ranks of this node are here; collective in the node."""
-        self._router.node_barrier()
-
     def share_in_node(self, num_bytes: int) -> SharedMemory:
         """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.
 

@@ -137,10 +137,6 @@ class Router:
 
     # ---------------------------------------------------------------- memory
 
-    def node_barrier(self) -> None:
-        """Wait until all ranks of this node are here; collective in the node."""
-        self._node.barrier()
-
     @normal_tensors()
     def share_in_node(self, num_bytes: int) -> SharedMemory:
         """Return memory that all ranks of this rank's node map; collective among all ranks, blocks.

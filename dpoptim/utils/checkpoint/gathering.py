@@ -198,10 +198,9 @@ class _OptimizerPlan:
     """Who writes which slice of an optimizer's state; the same on all ranks."""
 
     def __init__(self, part: str, state: OptimizerState, metas: list[Any] | None, world_size: int) -> None:
-        self._part, self._state, self._world_size = part, state, world_size
+        self._part, self._state = part, state
         self._metas = metas
         self._writes: list[Intervals] = [{} for _ in range(world_size)]
-        self._first_writer: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
         for _, _, _, sliced in metas or [self._own_meta()]:
             for name, dtypes in sliced.items():
