@@ -22,6 +22,7 @@ from dpoptim.checks.arguments import (
 from dpoptim.checks.hyper_parameters import HyperParameters
 from dpoptim.checks.torch_calls import Answers, forget, make_known
 from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import heard_if_left
 from dpoptim.comm.normal_tensors import normal_tensors
 from dpoptim.comm.overlap import duplicate_overlapping
 from dpoptim.comm.roll_call import RollCall
@@ -114,6 +115,7 @@ class DataParallelOptimizer(StateAccess):
     """
 
     @normal_tensors()
+    @heard_if_left("the construction of an optimizer")
     def __init__(
         self,
         optimizer: Optimizer,
@@ -128,6 +130,7 @@ class DataParallelOptimizer(StateAccess):
         accumulate: int = 1,
     ) -> None:
         roll_call = RollCall.of(comm)
+        roll_call.check_in("constructing an optimizer", 1.0)
         ranks = roll_call.communicator  # which all optimizers on them share
         is_alone = ranks.world_size == 1
         how: dict[str, Any] = {
@@ -215,6 +218,7 @@ class DataParallelOptimizer(StateAccess):
             self._optimizer.zero_grad(set_to_none)
         self._reducer.note_cleared()
 
+    @heard_if_left("add_param_group()")
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to train, with hyper-parameters of their own; collective.
 
@@ -342,6 +346,7 @@ class DataParallelOptimizer(StateAccess):
         self._reducer.finish()
         return self._mode.clip_grad_norm_(parameters_of(self), max_norm, norm_type, error_if_nonfinite)
 
+    @heard_if_left("mean()")
     def mean(self, value: float, *, weight: float | None = None) -> float:
         """Return a number averaged over ranks; collective, the same on every rank.
 
@@ -363,6 +368,7 @@ class DataParallelOptimizer(StateAccess):
         self._communicator.all_reduce(total)
         return total.item() / total_weight
 
+    @heard_if_left("average_buffers()")
     def average_buffers(self) -> None:
         """Replace the module's floating point buffers by their mean over ranks, the others by rank 0's; collective.
 
@@ -378,6 +384,7 @@ class DataParallelOptimizer(StateAccess):
         self._reducer.meet("averaging buffers", 1.0)
         average_buffers(self._communicator, self._module)
 
+    @heard_if_left("detach()")
     def detach(self) -> None:
         """End data parallelism: take the hooks off the parameters and free the communicator; collective.
 

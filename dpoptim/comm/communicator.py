@@ -18,6 +18,7 @@ from dpoptim.comm.node.shared_memory import SharedMemory
 from dpoptim.comm.router import Router
 from dpoptim.comm.topology import Topology
 from dpoptim.comm.transport import Batch, Memory
+from dpoptim.comm.users import Users
 from dpoptim.comm.work import DONE, Pending, Submitted, Work
 from dpoptim.partition import start_offsets
 
@@ -48,6 +49,8 @@ class Communicator:
     ----------
     rank, world_size : int
         This rank's number, and how many there are.
+    origin : Communicator or None
+        The one that this is a duplicate of (:meth:`duplicate`).
 
     Notes
     -----
@@ -72,18 +75,32 @@ class Communicator:
         self.rank, self.world_size = own_messages.rank, own_messages.world_size
         self._router = Router(own_messages, patient=patient and overlap, polled=polled and overlap)
         self._thread = ThreadPoolExecutor(1, "dpoptim-collectives") if has_thread else None
+        self._users = Users()
+        self.origin: Communicator | None = None
         if self.world_size > 1:
             abort_on_uncaught_exception(library.abort)
 
     @classmethod
     def shared(cls, comm: Any = None) -> "Communicator":
-        """Return the one duplicate of ``comm`` that all callers share; collective at the first call for ``comm``."""
+        """Return the one duplicate of ``comm`` that all callers share; collective at the first call for ``comm``.
+
+        It is freed with ``comm``, or when the last optimizer on it is detached.
+        """
         found = library.attached(comm)
         if found is None:
             found = cls(comm)
             library.attach(comm, found)
         assert isinstance(found, cls)
         return found
+
+    @property
+    def users(self) -> Users:
+        """Who needs a communicator that is shared."""
+        return self._users
+
+    def orphan(self) -> None:
+        """Take note that the communicator is freed whose ranks these are; collective."""
+        self._users.orphan(self.free)
 
     @property
     def topology(self) -> Topology:
@@ -342,7 +359,9 @@ class Communicator:
         overlap, patient, polled : bool
             As in the constructor.
         """
-        return Communicator(self._messages.duplicate(), overlap=overlap, patient=patient, polled=polled)
+        made = Communicator(self._messages.duplicate(), overlap=overlap, patient=patient, polled=polled)
+        made.origin = self
+        return made
 
     def split(
         self, color: int | None, key: int = 0, *, overlap: bool = False, patient: bool = False
@@ -368,6 +387,7 @@ class Communicator:
 
     def free(self) -> None:
         """Give back MPI's communicators and the shared memory; collective. The object is unusable afterwards."""
+        self._users.tell_freed()
         if self._thread is not None:
             self._thread.shutdown()
         self._router.free()

@@ -12,9 +12,18 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-__all__ = ["abort_on_uncaught_exception", "raised_on_all_ranks"]
+__all__ = [
+    "abort_on_uncaught_exception",
+    "heard_if_left",
+    "left_within",
+    "note_under_way",
+    "print_and_abort",
+    "raised_on_all_ranks",
+]
 
 _hooked: list[Callable[[], None]] = []
+_left: list[str] = []
+_under_way: dict[int, str] = {}
 
 
 def raised_on_all_ranks(error: BaseException) -> BaseException:
@@ -38,11 +47,56 @@ def abort_on_uncaught_exception(abort: Callable[[], None]) -> None:
         previous(kind, error, traceback)
         if getattr(error, "raised_on_all_ranks", False):
             return
-        for stream in (sys.stdout, sys.stderr):
-            _wait_until_read(stream)
-        abort()
+        _abort_when_read(abort)
 
     sys.excepthook = report_and_abort
+
+
+class heard_if_left(contextlib.ContextDecorator):  # noqa: N801  used as a function is
+    """Take note if this rank ends its program within, as a signal's handler does that calls ``sys.exit``.
+
+    The others wait for it there. Errors that a program may catch are another matter.
+
+    Parameters
+    ----------
+    place : str
+        Where it is, in words.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            _left.append(f"by {kind.__name__} in the middle of {self._place}")
+
+
+def note_under_way(key: object, place: str | None) -> None:
+    """Take note that a collective goes on while the program does other things, until its place is None."""
+    if place is None:
+        _under_way.pop(id(key), None)
+    else:
+        _under_way[id(key)] = f"in the middle of {place}"
+
+
+def left_within() -> str | None:
+    """Return how and where this rank has left a collective, None if it has not."""
+    return next(iter((*_left, *_under_way.values())), None)
+
+
+def print_and_abort(message: str, abort: Callable[[], None]) -> None:
+    """Print a line to stderr, and end every rank of the job when it was read."""
+    print(message, file=sys.stderr, flush=True)
+    _abort_when_read(abort)
+
+
+def _abort_when_read(abort: Callable[[], None]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        _wait_until_read(stream)
+    abort()
 
 
 def _wait_until_read(stream: Any, limit_s: float = 1.0) -> None:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.errors import heard_if_left, left_within, print_and_abort, raised_on_all_ranks
+from dpoptim.comm.mpi import library
 
 __all__ = ["Alike", "DifferentPlacesError", "RollCall"]
 
@@ -40,6 +41,8 @@ _FINGERPRINT_BITS = 20
 _PLACE_BYTES = 512
 
 _LEAVING_POLL_S = 1e-3
+# Ranks that are told to stop leave within a moment of each other.
+_LEAVING_TOGETHER_S = 2.0
 _NOTE = "\x1f"  # between a place and what else is told
 _GONE = object()
 
@@ -106,13 +109,25 @@ class RollCall:
         if communicator.world_size > 1:
             if not _alive:
                 atexit.register(_answer_a_last_time)
+                library.before_finalizing(_answer_a_last_time)  # by the program itself
             _alive.append(roll_call)
+            communicator.users.when_freed(roll_call._retire)
         return roll_call
+
+    @classmethod
+    def near(cls, communicator: Communicator) -> "RollCall | None":
+        """Return the roll call that these ranks have: on this communicator, or on the one that it duplicates; local."""
+        return next((call for call in _alive if call.communicator in (communicator, communicator.origin)), None)
 
     def enroll(self) -> int:
         """Return a number for a new optimizer, the same on all ranks if they make them in the same order."""
         self._num_optimizers += 1
+        self.communicator.users.add()
         return self._num_optimizers - 1
+
+    def dismiss(self) -> None:
+        """Take note that an optimizer is detached; collective where it was the last on a communicator that is gone."""
+        self.communicator.users.remove()
 
     def request_stop(self) -> None:
         """Tell all ranks to stop, with this rank's next answer; local, may be called by a signal handler."""
@@ -151,7 +166,8 @@ class RollCall:
         """
         if self._closed is not None:
             raise raised_on_all_ranks(RuntimeError(self._closed))
-        num_left, total_weight = self._meet(place, weight, alike, note)
+        with heard_if_left(place):
+            num_left, total_weight = self._meet(place, weight, alike, note)
         if num_left:
             gone = [rank for rank, (left, _) in enumerate(self._explain(place)) if left]
             self._closed = (
@@ -180,7 +196,7 @@ class RollCall:
             still = [f"rank {rank}: {place}" for rank, (left, place) in enumerate(_read(board)) if not left]
             logger.error("rank %d left the program while others go on: %s", self.communicator.rank, "; ".join(still))
 
-    def retire(self) -> None:
+    def _retire(self) -> None:
         """Forget this roll call, whose communicator is about to be freed, on all ranks alike; not collective."""
         self._closed = "this roll call's communicator was freed"
         if self in _alive:
@@ -249,9 +265,18 @@ _alive: list[RollCall] = []
 
 
 def _answer_a_last_time() -> None:
-    """Tell the others at exit; before mpi4py finalises MPI, which itself waits for all ranks."""
+    """Tell the others at exit; before mpi4py finalises MPI, which itself waits for all ranks.
+
+    If this rank has left a collective before its end, the others may wait for it there. Unless they leave as well, the
+    job is ended.
+    """
+    place = left_within()
+    end_s = time.monotonic() + _LEAVING_TOGETHER_S
     leaving = [roll_call.leave() for roll_call in _alive]
     while leaving:
         leaving = [steps for steps in leaving if next(steps, _GONE) is not _GONE]
         if leaving:
             time.sleep(_LEAVING_POLL_S)
+            if place is not None and time.monotonic() > end_s:
+                rank = _alive[0].communicator.rank
+                print_and_abort(f"dpoptim: rank {rank} left the program {place}, where the others wait", library.abort)

@@ -154,7 +154,6 @@ class Exchange:
     def free(self) -> None:
         """Wait for what is under way, and free the communicators; collective."""
         self._average.wait()
-        self.node_roll_call.retire()
         if self._across is not None:
             self._across.free()
         self.node.free()

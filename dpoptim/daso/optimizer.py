@@ -341,6 +341,7 @@ class DASO(DataParallelOptimizer):
         """End data parallelism and free the communicators; collective. Nodes are not made equal."""
         self._exchange.free()
         super().detach()
+        self._roll_call.dismiss()
 
     # ---------------------------------------------------------------- how
 

@@ -58,7 +58,7 @@ class Meetings:
         self.num_steps = 0
         self.is_detached = self.is_early = False
         self.note = ""
-        self._roll_call = roll_call
+        self._roll_call = self._enrolled_with = roll_call
         self.passes = BackwardPasses.of(roll_call)
         self.passes.add(self.number, member)
 
@@ -67,9 +67,10 @@ class Meetings:
         self._roll_call, self.passes = roll_call, BackwardPasses.of(roll_call)
 
     def leave(self) -> None:
-        """Meet nobody any more; local."""
+        """Meet nobody any more; on all ranks alike."""
         self.is_detached = True
         self.passes.remove(self.number)
+        self._enrolled_with.dismiss()
 
     def meet(self, purpose: str, weight: float) -> float:
         """Meet all ranks for the same purpose and return the sum of their weights; collective."""
@@ -80,7 +81,7 @@ class Meetings:
         self.passes.settle()
         while True:
             try:
-                return self._roll_call.check_in(self._place_of(purpose), weight, self.hyper_parameters, self.note)
+                return self._roll_call.check_in(self.place_of(purpose), weight, self.hyper_parameters, self.note)
             except DifferentPlacesError as error:
                 self._find_common(purpose, error)
 
@@ -98,7 +99,8 @@ class Meetings:
             self.passes.finish_others(self.number)
         return self.meet(purpose, weight)
 
-    def _place_of(self, purpose: str) -> str:
+    def place_of(self, purpose: str) -> str:
+        """Say where in its program this rank is, with what it is there for; local."""
         return f"optimizer {self.number}, step {self.num_steps}, {purpose}"
 
     def _find_common(self, purpose: str, error: DifferentPlacesError) -> None:
@@ -109,7 +111,7 @@ class Meetings:
         if not all(PASSES in place or place.endswith(f", {STEP}") for place in error.places):
             raise error
         reduces = PASSES in purpose
-        place = self._place_of(purpose)
+        place = self.place_of(purpose)
         own = self.passes.whereabouts(self.number, place, reduces=reduces, is_early=self.is_early)
         everybody = self._roll_call.communicator.all_gather_object(own)
         if any(where.is_early for where in everybody):  # who is in the middle of a backward comes back at its end

@@ -5,7 +5,7 @@ Tests: ``tests/gradients/test_reducer.py``.
 
 import torch
 
-from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.errors import heard_if_left, note_under_way, raised_on_all_ranks
 from dpoptim.gradients.meetings import PASSES, Meetings, PutOffError, TogetherError
 from dpoptim.gradients.outsiders import reduce_alone
 from dpoptim.gradients.parameters import is_taken_away
@@ -68,6 +68,7 @@ class Reduction:
                 return
             finally:
                 self._meetings.is_early = False
+            note_under_way(self, self._meetings.place_of("a reduction"))
         if index not in plan.positions:
             return
         bucket, _ = plan.positions[index]
@@ -89,8 +90,9 @@ class Reduction:
     def run(self) -> None:
         """Make every gradient the weighted mean over ranks, after what was launched before; collective."""
         try:
-            self._launch_rest()
-            self._unpack()
+            with heard_if_left(self._meetings.place_of("a reduction")):
+                self._launch_rest()
+                self._unpack()
         except TogetherError as together:
             self._sums.release(self._plan.buckets)
             self._meetings.passes.reduce(together.numbers)
@@ -203,6 +205,7 @@ class Reduction:
     def _end(self) -> None:
         self._sums.release(self._plan.buckets)
         self._sums.end()
+        note_under_way(self, None)
         self._parts.backward.end_reduction()
         self._meetings.note = ""
         self._gradients.end_reduction()

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from dpoptim.checks.arguments import check_not_stepped_by_another, check_same_parameters, memory_error
 from dpoptim.checks.hyper_parameters import HyperParameters
 from dpoptim.comm.communicator import Communicator
-from dpoptim.comm.errors import raised_on_all_ranks
+from dpoptim.comm.errors import heard_if_left, raised_on_all_ranks
 from dpoptim.gradients.bucket import Bucket
 from dpoptim.gradients.reducer import Reducer
 from dpoptim.gradients.sharded_gradients import ShardedGradients
@@ -244,7 +244,8 @@ class ShardedStepping(ABC):
         return returned[0]
 
     def _act_and_agree(self, act: Callable[[], frozenset[int]], purpose: str, buckets: Sequence[Bucket]) -> None:
-        groups = self._act(act, purpose, buckets)
+        with heard_if_left(purpose):
+            groups = self._act(act, purpose, buckets)
         if not self._is_known:
             agree_on_numbers(self._optimizer, self._communicator, groups)
 

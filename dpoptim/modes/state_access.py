@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dpoptim.checks.alike import parameter_names
 from dpoptim.checks.loadable import check_loadable
 from dpoptim.comm.communicator import Communicator
+from dpoptim.comm.errors import heard_if_left
 from dpoptim.gradients.reducer import Reducer
 from dpoptim.modes.mode import Mode
 from dpoptim.modes.whole_state import devices_of, scatter_state
@@ -102,6 +103,7 @@ class StateAccess(WrappingOptimizer):
         """
         self._mode.load(self, form, self._kept_attributes.load)
 
+    @heard_if_left("full_state_dict()")
     def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any] | None:
         """Return the whole state in torch's form, as ``state_dict()`` of one process would; collective.
 
@@ -120,6 +122,7 @@ class StateAccess(WrappingOptimizer):
         self._reducer.meet("collecting the optimizer state", 1.0)
         return self._mode.gather(self, rank0_only=rank0_only)
 
+    @heard_if_left("load_full_state_dict()")
     def load_full_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Load rank 0's whole state, such as a plain torch ``state_dict()``, into all ranks; collective.
 

@@ -115,6 +115,9 @@ def check_replicas(communicator: Communicator, tensors: Iterable[tuple[str, Tens
         Names and tensors, for example ``model.state_dict().items()``, in the same order on all ranks.
     """
     digests = [(name, digest(tensor)) for name, tensor in tensors]
+    roll_call = RollCall.near(communicator)
+    if roll_call is not None:
+        roll_call.check_in("comparing replicas", 1.0)
     everybody = communicator.all_gather_object(digests)
     for index, entries in enumerate(zip(*everybody, strict=False)):
         different = [rank for rank, entry in enumerate(entries) if entry != entries[0]]

@@ -5,9 +5,20 @@ Tests: ``tests/comm/test_overlap.py``.
 
 import ctypes
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-__all__ = ["abort", "attach", "attached", "checked", "library", "reads_device_memory", "takes_threads"]
+__all__ = [
+    "Attached",
+    "abort",
+    "attach",
+    "attached",
+    "before_finalizing",
+    "checked",
+    "library",
+    "reads_device_memory",
+    "takes_threads",
+]
 
 
 def takes_threads() -> bool:
@@ -54,6 +65,13 @@ def abort() -> None:
         MPI.COMM_WORLD.Abort(1)
 
 
+class Attached(Protocol):
+    """What is left at a communicator."""
+
+    def orphan(self) -> None:
+        """Take note that the communicator is being freed; collective."""
+
+
 def attached(comm: Any) -> Any:
     """Return what :func:`attach` has left at this communicator, or None; not collective."""
     from mpi4py import MPI
@@ -61,11 +79,31 @@ def attached(comm: Any) -> Any:
     return checked(comm, MPI).Get_attr(_key())
 
 
-def attach(comm: Any, item: Any) -> None:
-    """Leave something at a communicator, to be found as long as it lives; not collective."""
+def attach(comm: Any, item: Attached) -> None:
+    """Leave something at a communicator, to be found as long as it lives, and told when it is freed; not collective."""
     from mpi4py import MPI
 
+    before_finalizing(_note_finalizing)  # which frees COMM_WORLD too, when nothing else can be
     checked(comm, MPI).Set_attr(_key(), item)
+
+
+@functools.cache
+def before_finalizing(act: Callable[[], None]) -> None:
+    """Call this once when the program finalises MPI itself, while MPI still works; not collective.
+
+    MPI deletes what is attached to ``COMM_SELF`` first. Where mpi4py finalises MPI after the end of Python nothing is
+    called.
+    """
+    from mpi4py import MPI
+
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=lambda *_: act()), True)
+
+
+_finalizing: list[bool] = []
+
+
+def _note_finalizing() -> None:
+    _finalizing.append(True)
 
 
 @functools.cache
@@ -73,7 +111,12 @@ def _key() -> int:
     """Return the MPI attribute under which things are attached."""
     from mpi4py import MPI
 
-    return int(MPI.Comm.Create_keyval())
+    return int(MPI.Comm.Create_keyval(delete_fn=_orphan))
+
+
+def _orphan(_: Any, __: int, item: Attached) -> None:
+    if not _finalizing:
+        item.orphan()
 
 
 def checked(comm: Any, mpi: Any) -> Any:

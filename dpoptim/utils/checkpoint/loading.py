@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpoptim.comm.errors import heard_if_left
 from dpoptim.utils.checkpoint.directory import INDEX, complete, find, offer
 from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.files import Reader, read_text
@@ -36,6 +37,7 @@ def latest(path: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+@heard_if_left("checkpoint.load()")
 def load(
     path: str | Path,
     *,

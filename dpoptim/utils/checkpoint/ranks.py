@@ -6,11 +6,12 @@ Tests: ``tests/utils/test_checkpoint.py``.
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
+from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.utils.checkpoint.error import CheckpointError
 
-__all__ = ["ONE_PROCESS", "Ranks", "attempt", "meet", "together"]
+__all__ = ["ONE_PROCESS", "Ranks", "attempt", "meet", "meet_again", "together"]
 
 _T = TypeVar("_T")
 
@@ -64,6 +65,12 @@ def meet(comm: Any, parts: Iterable[Any], purpose: str) -> Ranks:
     return roll_call.communicator
 
 
+def meet_again(ranks: Ranks, purpose: str) -> None:
+    """Wait for the ranks that :func:`meet` has returned; collective, an error on all where one is elsewhere."""
+    if isinstance(ranks, Communicator):
+        RollCall.on(ranks).check_in(purpose, 1.0)
+
+
 def attempt(action: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
     """Do something on this rank alone and return its result or its error."""
     try:
@@ -88,8 +95,6 @@ def together(ranks: Ranks, error: Exception | None) -> None:
 
 def _has_mpi() -> bool:
     try:
-        from dpoptim.comm.communicator import Communicator
-
         Communicator.shared()
     except (ImportError, RuntimeError):
         return False

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpoptim.comm.errors import heard_if_left
 from dpoptim.utils.checkpoint.directory import complete, file_name, publish, start
 from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.files import Source, shard_entries, write_shard
 from dpoptim.utils.checkpoint.gathering import Contents, gather
 from dpoptim.utils.checkpoint.index import Index, StoredTensor, dump_index
-from dpoptim.utils.checkpoint.ranks import ONE_PROCESS, Ranks, attempt, meet, together
+from dpoptim.utils.checkpoint.ranks import ONE_PROCESS, Ranks, attempt, meet, meet_again, together
 
 __all__ = ["save", "save_contents", "wait", "wait_for"]
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _GIVE_UP_AFTER_S = 60.0
 
 
+@heard_if_left("checkpoint.save()")
 def save(
     path: str | Path,
     *,
@@ -117,8 +119,9 @@ def save_contents(path: Path, contents: Contents) -> None:
     saving.finish()
 
 
+@heard_if_left("checkpoint.wait()")
 def wait() -> None:
-    """Wait until checkpoints that are saved in the background are complete; collective.
+    """Wait until checkpoints that are saved in the background are complete; collective, if there are any.
 
     Raises
     ------
@@ -126,6 +129,7 @@ def wait() -> None:
         One could not be written; raised on all ranks.
     """
     for saving in list(_under_way.values()):
+        meet_again(saving.ranks, "waiting for a checkpoint")
         wait_for(saving.ranks)
 
 
