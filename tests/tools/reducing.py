@@ -30,7 +30,7 @@ class FakeCommunicator:
         self.other_numbers: list[float] = []
         self.allocated_bytes: list[int] = []
         self.batches: list[tuple[int | None, set[torch.dtype]]] = []
-        self.num_exchanges = self.num_polls = 0
+        self.num_exchanges = self.num_polls = self.num_drops = 0
 
     def all_gather_object(self, own: Any) -> list[Any]:
         self.num_exchanges += 1
@@ -42,6 +42,9 @@ class FakeCommunicator:
 
     def sum_numbers(self, own: Sequence[float]) -> list[float]:
         return [a + b for a, b in zip(own, self.other_numbers or [0.0] * len(own), strict=True)]
+
+    def drop(self) -> None:
+        self.num_drops += 1
 
     def poll(self) -> None:
         self.num_polls += 1
