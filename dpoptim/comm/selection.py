@@ -189,7 +189,8 @@ def with_memory(
         routes.append(Route(large, in_memory=True, if_it_may_wait=True))
     if shares_cores and (small := _slots(node, _SHARED_MEMORY_BYTES)) is not None:
         routes.append(Route(small, most_bytes=small.slot_bytes, in_memory=True))
-    return Found([*routes, Route(messages)], large.reduce_scatter, large, None, why_no_peers)
+    batches = large if why_no_peers is None else None
+    return Found([*routes, Route(messages)], large.reduce_scatter, batches, None, why_no_peers)
 
 
 def find_number_sums(node: Messages, topology: Topology, *, shares_cores: bool) -> SmallSums | None:
