@@ -44,7 +44,6 @@ class InnerStep:
 
     def __init__(self, optimizer: Optimizer, share: Callable[[Any], Any] | None) -> None:
         self._optimizer = optimizer
-        self._is_alone = share is None
         self._generators: _CommonGenerators | None = None
         if share is not None and not is_known(type(optimizer)):
             self._generators = _CommonGenerators(optimizer, share)

@@ -83,7 +83,7 @@ def write_shard(path: Path, sources: Sequence[Source]) -> None:
 
 
 def shard_entries(path: Path, number: int) -> tuple[File, list[tuple[str, torch.dtype, tuple[int, ...], Piece]]]:
-    """Return what the header of a file says: the file itself, and its pieces; ``number`` is its position in the index."""
+    """Return what the header of a file says: itself, and its pieces; ``number`` is its position in the index."""
     with path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         start = file.read(8)

@@ -198,7 +198,6 @@ class _OptimizerPlan:
         self._part, self._state, self._world_size = part, state, world_size
         self._metas = metas
         self._writes: list[Intervals] = [{} for _ in range(world_size)]
-        self._first_writer: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
         for _, _, _, sliced in metas or [self._own_meta()]:
             for name, dtypes in sliced.items():
