@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dpoptim.comm.router
 import dpoptim.comm.selection
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.node.alone import Alone
@@ -91,6 +92,26 @@ def test_gathers_that_are_prepared_go_by_the_same_transports_as_others(world, mo
     communicator.free()
     assert ranks == [list(range(world.size))] * 3
     assert sizes == [1 << 20] * (4 if world.size > 1 else 0)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter"])
+def test_sums_have_the_same_bits_whatever_came_before(world, monkeypatch, collective):
+    monkeypatch.setattr(dpoptim.comm.router, "available_cores", lambda: {0})  # where small ones go through slots
+    communicator = Communicator(world)
+    counts = even_counts(6000, world.size)
+    generator = torch.Generator().manual_seed(world.rank)
+    values, sums = torch.randn(6000, generator=generator).exp().mul(3), []
+    for num_large in (0, 1):
+        for _ in range(num_large):
+            communicator.all_reduce(torch.ones(1 << 18))  # sets up the node's memory
+        if collective == "all_reduce":
+            communicator.all_reduce(total := values.clone())
+        else:
+            communicator.reduce_scatter(total := torch.empty(counts[world.rank]), values, counts=counts)
+        sums.append(total)
+    communicator.free()
+    assert torch.equal(*sums)
 
 
 @pytest.mark.parallel
