@@ -255,7 +255,7 @@ class ShardedStepping(ABC):
     def check_has_whole_state(self) -> None:
         """Raise ``RuntimeError``: a rank can't answer for the others."""
         raise RuntimeError(
-            f"the optimizer state is sharded among ranks ({self.name}): call full_state_dict() on all of them, or "
+            f"the optimizer state is divided among ranks ({self.name}): call full_state_dict() on all of them, or "
             "save it with dpoptim.utils.checkpoint"
         )
 
