@@ -96,7 +96,7 @@ def _division_error(optimizer: Optimizer, shard: object, node_shared: object) ->
     if not (shard or node_shared):
         return None
     if shard and node_shared:
-        return ValueError("shard and node_shared exclude each other: node_shared divides the step as well")
+        return ValueError("shard and node_shared exclude each other: node_shared shards the step as well")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return ValueError("differentiable=True does not go with shard or node_shared, which step parts of parameters")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

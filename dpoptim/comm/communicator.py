@@ -263,6 +263,10 @@ class Communicator:
             return MeetingFirst(self._router.sum_numbers)
         return self._router.batch(num_collectives, dtypes)
 
+    def drop(self) -> None:
+        """Forget works that have not begun, and that nobody waits for after an error; local, on all ranks alike."""
+        self._router.drop()
+
     def start_all_reduce(self, tensor: Tensor) -> Pending[None]:
         """Start the sum of a small CPU tensor of a type that MPI sums, in place; collective, does not block.
 

@@ -30,9 +30,9 @@ _PATIENCE_BYTES = TUNING.patience_bytes
 class Router:
     """The transports between the ranks of some messages; construction is collective.
 
-    Every method but :meth:`batch` and :meth:`poll` is collective. Tensors are flat, contiguous and not complex;
-    arguments are the caller's to check. A collective that ``may_wait`` may be done together with others, when the first
-    is waited for, or go on until then. A node's memory is set up at its first use.
+    Every method but :meth:`batch`, :meth:`drop` and :meth:`poll` is collective. Tensors are flat, contiguous and not
+    complex; arguments are the caller's to check. A collective that ``may_wait`` may be done together with others, when
+    the first is waited for, or go on until then. A node's memory is set up at its first use.
 
     Parameters
     ----------
@@ -130,6 +130,11 @@ class Router:
         found = None if batches is None else batches.batch(num_collectives, dtypes, self.sum_numbers)
         return MeetingFirst(self.sum_numbers) if found is None else found
 
+    def drop(self) -> None:
+        """Forget what may wait and has not begun; local, on all ranks alike."""
+        if self._found.batches is not None:
+            self._found.batches.drop()
+
     def poll(self) -> None:
         """Go on with what is under way; local, does not block."""
         if self.is_polled:
@@ -183,6 +188,7 @@ class Router:
         """Give back MPI's communicators and the shared memory."""
         self._number_sums = None
         found, self._found = self._found, Found([])
+        self.is_polled = False
         found.free()
         self._node.free()
         self._messages.free()

@@ -4,10 +4,11 @@ Note [Ways]
 -----------
 Ranks of one node read large tensors from each other's memory (:mod:`dpoptim.comm.node.peer_memory`), or where they may
 not pass them through memory that they share (:mod:`dpoptim.comm.node.staging`). Ranks of a node that share cores
-exchange small ones through slots (:mod:`dpoptim.comm.node.small_sums`). All else goes by messages
+all-reduce and gather small ones through slots (:mod:`dpoptim.comm.node.small_sums`). All else goes by messages
 (:mod:`dpoptim.comm.mpi.messages`). Ranks of several nodes exchange within each node first
 (:mod:`dpoptim.comm.hierarchical`). The choice depends on nothing but sizes, dtypes and what all ranks agreed on, so
-that all ranks choose the same.
+that all ranks choose the same. What carries a sum does not depend on what came before: MPI has an order of its own, so
+that a training that is resumed would have other bits.
 """
 
 import logging
@@ -188,8 +189,11 @@ def with_memory(
     if why_no_peers is None:
         routes.append(Route(large, in_memory=True, if_it_may_wait=True))
     if shares_cores and (small := _slots(node, _SHARED_MEMORY_BYTES)) is not None:
-        routes.append(Route(small, most_bytes=small.slot_bytes, in_memory=True))
-    return Found([*routes, Route(messages)], large.reduce_scatter, large, None, why_no_peers)
+        # No small reduce-scatter: it sets up no memory, and before that it goes by messages (Note [Ways]).
+        collectives = frozenset({"all_reduce", "all_gather"})
+        routes.append(Route(small, collectives, most_bytes=small.slot_bytes, in_memory=True))
+    batches = large if why_no_peers is None else None
+    return Found([*routes, Route(messages)], large.reduce_scatter, batches, None, why_no_peers)
 
 
 def find_number_sums(node: Messages, topology: Topology, *, shares_cores: bool) -> SmallSums | None:

@@ -114,6 +114,10 @@ class Transport(Protocol):
         """
         return None
 
+    def drop(self) -> None:
+        """Forget what was started and has not begun, and nobody waits for any more; local, on all ranks alike."""
+        return
+
     def poll(self) -> None:
         """Go on with what is under way; local, does not block."""
         return

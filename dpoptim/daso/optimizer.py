@@ -2,8 +2,8 @@
 
 Tests: ``tests/daso/test_daso.py``.
 
-Note [Phases]
--------------
+Note [Phases of training]
+------------------------
 In the blocking phases (warm-up and cool-down) gradients are averaged over all ranks in every step, as a
 :class:`~dpoptim.DataParallelOptimizer` does. While cycling they are averaged over the ranks of a node, and the nodes
 exchange parameters in the background. The reducer is told at each change of phase over which ranks to reduce. Whether

@@ -58,7 +58,7 @@ class BackwardState:
         self.rewritten: str | None = None
 
     def has_raised(self) -> bool:
-        """Whether a backward has raised that has reached the reducer (Note [A backward that raised])."""
+        """Whether one that has reached the reducer has raised (Note [A backward that raised] in backward_passes.py)."""
         return any(end is not None and end() is None for end in self.tasks.values())
 
     def find_rewritten(self, parameters: Parameters) -> None:

@@ -104,9 +104,10 @@ class Meetings:
         return f"optimizer {self.number}, step {self.num_steps}, {purpose}"
 
     def _find_common(self, purpose: str, error: DifferentPlacesError) -> None:
-        """Find what all ranks can reduce now (Note [Ranks that use other branches]), or raise the error; collective.
+        """Find what all ranks can reduce now, or raise the error; collective.
 
-        Returns where this rank is to meet the others again.
+        Returns where this rank is to meet the others again (Note [Ranks that use other branches] in
+        backward_passes.py).
         """
         if not all(PASSES in place or place.endswith(f", {STEP}") for place in error.places):
             raise error

@@ -135,8 +135,8 @@ class Reducer:
     def reduce_over(self, communicator: Communicator, roll_call: RollCall, comm_hook: CommHook) -> None:
         """Reduce over these ranks, by this hook, from the next backward on; all call it, between the same two steps.
 
-        They must have the same parameters, and all of each gradient: who owns a part stays its owner. The plan of
-        buckets is made anew, since other ranks may have seen others.
+        For :class:`~.replicated_gradients.ReplicatedGradients` alone: sharded ones keep their owners. All ranks must
+        have the same parameters. The plan of buckets is made anew, since other ranks may have seen others.
         """
         self._homes.release(self.communicator)
         self.communicator = communicator

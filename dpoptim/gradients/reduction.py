@@ -98,6 +98,7 @@ class Reduction:
             self._meetings.passes.reduce(together.numbers)
             return
         except BaseException:
+            self._sums.drop()
             self._end()
             raise
         self._end()

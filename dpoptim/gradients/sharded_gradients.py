@@ -88,7 +88,7 @@ class ShardedGradients:
         for index, dims in self._parts.sparse.dims.items():
             message = (
                 f"{self._parts.parameters.describe(index)} has a sparse gradient ({dims} sparse dims), which can't be "
-                "divided among ranks: give it to an optimizer of its own, without shard and node_shared"
+                "sharded among ranks: give it to an optimizer of its own, without shard and node_shared"
             )
             raise raised_on_all_ranks(RuntimeError(message))
         wanted = {index for report in reports for index, trained in enumerate(report.trainable) if trained}

@@ -73,6 +73,10 @@ class Sums:
         """Sum a bucket that is packed, and in no plan; collective, blocks."""
         self._comm_hook(self.communicator, bucket).wait()
 
+    def drop(self) -> None:
+        """Forget sums that have not begun, after an error that all ranks have; local."""
+        self.communicator.drop()
+
     def release(self, buckets: Sequence[Bucket]) -> None:
         """Let go of gradients that were reduced, or are not after all; local."""
         for bucket in buckets:

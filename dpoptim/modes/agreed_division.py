@@ -40,9 +40,9 @@ def check_new_group(optimizer: Optimizer, communicator: Communicator, *, by_elem
     by, why_not = agreed_division(optimizer, communicator)
     name = type(optimizer).__name__
     if by == "nothing":
-        raise raised_on_all_ranks(ValueError(f"with the new group {name} can't be divided, since it {why_not}"))
+        raise raised_on_all_ranks(ValueError(f"with the new group {name} can't be sharded, since it {why_not}"))
     if by == "parameter" and by_element:
-        message = f"with the new group {name} can be divided by whole parameter alone: wrap all groups at once"
+        message = f"with the new group {name} can be sharded by whole parameter alone: wrap all groups at once"
         raise raised_on_all_ranks(ValueError(message))
 
 
@@ -77,7 +77,7 @@ class OptionsWatch:
             what = found.why_not or "is no longer by element"
             raise ValueError(
                 f"an option of a parameter group was switched, and {type(self._optimizer).__name__} {what}: set it "
-                "before the optimizer is wrapped, which divides it accordingly"
+                "before the optimizer is wrapped, which shards it accordingly"
             )
 
     def _options(self) -> list[dict[str, Any]]:

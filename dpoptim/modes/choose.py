@@ -40,13 +40,13 @@ def choose_mode(stepped: Stepped, *, shard: bool, node_shared: bool) -> Mode:
     name = type(optimizer).__name__
     by, why_not = agreed_division(optimizer, communicator)
     if by == "nothing":
-        warnings.warn(f"{name} can't be divided among ranks, since it {why_not}: it stays replicated", stacklevel=3)
+        warnings.warn(f"{name} can't be sharded among ranks, since it {why_not}: it stays replicated", stacklevel=3)
         return replicated
     mine = memory_error(parameters_of(optimizer), parameter_names(optimizer.param_groups, None))
     errors = communicator.all_gather_object(None if mine is None else str(mine))
     if any(errors):
         why = next(error for error in errors if error)
-        warnings.warn(f"{name} can't be divided among ranks, since {why}: it stays replicated", stacklevel=3)
+        warnings.warn(f"{name} can't be sharded among ranks, since {why}: it stays replicated", stacklevel=3)
         return replicated
     if node_shared:
         try:

@@ -24,10 +24,6 @@ __all__ = ["Mode", "Replicated", "Wrapper"]
 class Wrapper(Protocol):
     """What a mode knows of the optimizer whose mode it is."""
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The one live list of parameter groups."""
-
     def local_state_dict(self) -> NamedState:
         """Return the state that this rank holds, by name."""
 

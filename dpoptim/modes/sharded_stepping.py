@@ -200,7 +200,7 @@ class ShardedStepping(ABC):
 
     def check_step_arguments(self) -> None:
         """Raise ``TypeError`` on all ranks: arguments can't be cut as parameters are."""
-        message = f"with {self.name} parameters step() takes no arguments but a closure: they can't be divided"
+        message = f"with {self.name} parameters step() takes no arguments but a closure: they can't be sharded"
         raise raised_on_all_ranks(TypeError(message))
 
     def step(self, closure: Callable[[], Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -115,7 +115,7 @@ def _check_equal(
         message = (
             f"after a step of {name} {where} has {key} = {numbers_0.get(key)} on rank {rank_0} but "
             f"{numbers_1.get(key)} on rank {rank_1}: it depends on the parameters that each rank steps, so that {name} "
-            "can't be divided: leave out shard and node_shared, or set is_divisible = False in the class"
+            "can't be sharded: leave out shard and node_shared, or set is_divisible = False in the class"
         )
         raise raised_on_all_ranks(RuntimeError(message))
 

@@ -1,4 +1,4 @@
-"""Divisibility: whether an optimizer may be divided among ranks by element, by whole parameter, or not. Local.
+"""Divisibility: whether an optimizer may be sharded among ranks by element, by whole parameter, or not. Local.
 
 Note [Probing]
 --------------
@@ -6,7 +6,7 @@ torch's own classes are known. What any other class does is tried out, on a copy
 hyper-parameters and a few small parameters in place of his: some steps of all together, of each alone, and of flat
 halves alone. If parameters end alike alone and together, each may be stepped by another rank. If halves end alike too,
 all state is of the parameter's shape or a number, and the optimizer knows no parameter by its identity or attributes,
-it may be divided by element. A class is not divided that couples parameters, draws random numbers, steps another
+it may be sharded by element. A class is not sharded that couples parameters, draws random numbers, steps another
 optimizer, has a state dict of its own, knows parameters by their address, or can't be tried. The probe errs on the side
 of not dividing. It draws from no generator of the user's and writes to nothing of his. What a class begins to do after
 its first two dozen steps is not seen; an option that is switched on later is (:func:`are_switched`).
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def divisibility(optimizer: Optimizer) -> Divisibility:
-    """Say how an optimizer may be divided (Note [Probing]).
+    """Say how an optimizer may be sharded (Note [Probing]).
 
     A class says so itself by an attribute of its own, which is not inherited: ``is_elementwise = True`` (by element) or
     ``False`` (by whole parameter), ``is_divisible = False`` (not at all).

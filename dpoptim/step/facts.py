@@ -56,7 +56,7 @@ class Facts:
     is_elementwise : bool
         Whether each element is stepped by itself, so that parameters may be cut.
     why_not : str
-        If its step can't be divided among ranks at all: why, as the rest of a sentence about the class.
+        If its step can't be sharded among ranks at all: why, as the rest of a sentence about the class.
     is_linear : bool
         Whether it moves a parameter by ``lr`` times something that does not depend on it.
     reads_rate_once : bool

@@ -174,7 +174,7 @@ class ShardedStep:
                 if not self._is_known and list(map(id, group["params"])) != list(map(id, tensors)):
                     raise RuntimeError(
                         f"{type(optimizer).__name__} puts other tensors into its groups instead of parameters, so that "
-                        "it can't be divided among ranks: leave out shard and node_shared"
+                        "it can't be sharded among ranks: leave out shard and node_shared"
                     )
         finally:
             for parameter, gradient in hidden:

@@ -21,8 +21,6 @@ from dpoptim.step.step_blocks import Blocks
 
 __all__ = ["CallKey", "StepCall"]
 
-_is_contiguous = Tensor.is_contiguous
-
 
 @dataclass(frozen=True)
 class CallKey:
@@ -158,7 +156,7 @@ def _align(parameters: Sequence[Tensor], gradients: list[Tensor]) -> None:
     They step element by element in memory, whatever the strides: a contiguous gradient of a channels-last parameter
     would be applied to other elements.
     """
-    if all(map(_is_contiguous, gradients)) and all(map(_is_contiguous, parameters)):
+    if all(map(Tensor.is_contiguous, gradients)) and all(map(Tensor.is_contiguous, parameters)):
         return
     for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         if gradient.stride() != parameter.stride():

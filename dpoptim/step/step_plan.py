@@ -38,7 +38,6 @@ _RATES_BELOW = TUNING.rate_group_numel
 _ALONE_BELOW = TUNING.alone_numel
 
 _DTYPE, _NBYTES = attrgetter("dtype"), attrgetter("nbytes")
-_is_contiguous = Tensor.is_contiguous
 
 
 class Plan:
@@ -226,7 +225,7 @@ def _facts(lists: Sequence[list[Any]]) -> list[Any] | None:
         return [
             list(map(Tensor.data_ptr, parameters)),
             list(map(_NBYTES, parameters)),
-            list(map(_is_contiguous, parameters)),
+            list(map(Tensor.is_contiguous, parameters)),
             list(map(_DTYPE, gradients)),
             list(map(_NBYTES, gradients)),
         ]

@@ -168,7 +168,7 @@ class ShardedBucket:
         if found:
             raise RuntimeError(
                 f"a parameter has got the attribute {next(iter(found))!r} since the optimizer was constructed, which "
-                "divides parameters by element, so that its class can't see it: set it before, and parameters stay "
+                "shards parameters by element, so that its class can't see it: set it before, and parameters stay "
                 "whole, or leave out shard and node_shared"
             )
 

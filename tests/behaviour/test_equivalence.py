@@ -50,7 +50,7 @@ def _wrap(name, options, model, **settings):
     inner = getattr(dpoptim, name)(model.named_parameters(), **options)
     if name == "LBFGS" and {"shard", "node_shared"} & settings.keys():
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LBFGS can't be divided")
+            warnings.filterwarnings("ignore", "LBFGS can't be sharded")
             return dpoptim.DataParallelOptimizer(inner, module=model, **settings)
     return dpoptim.DataParallelOptimizer(inner, module=model, **settings)
 

@@ -36,7 +36,7 @@ def _groups(model):
 def _wrapped(name, mode, groups, expects_division=True):
     inner = getattr(foreign_classes, name)(groups)
     if name in REPLICATED and mode != "replicated" and expects_division:
-        with pytest.warns(UserWarning, match=f"{name} can't be divided among ranks, since it .*{REPLICATED[name]}"):
+        with pytest.warns(UserWarning, match=f"{name} can't be sharded among ranks, since it .*{REPLICATED[name]}"):
             return dpoptim.DataParallelOptimizer(inner, **MODES[mode])
     return dpoptim.DataParallelOptimizer(inner, **MODES[mode])
 
@@ -155,7 +155,7 @@ def test_arguments_of_the_step(world):
 def test_what_uses_each_ranks_own_graph_is_refused(world, mode):
     model = seeded()
     divides = mode != "replicated"
-    with pytest.warns(UserWarning, match="can't be divided") if divides else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match="can't be sharded") if divides else contextlib.nullcontext():
         opt = dpoptim.DataParallelOptimizer(foreign_classes.SecondOrder(model.parameters()), **MODES[mode])
     sizes = part_sizes(world.size, equal=True)
     with warnings.catch_warnings():
@@ -369,7 +369,7 @@ def test_a_group_that_needs_another_division_is_refused(world):
 
     model, more = seeded(), nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
     opt = dpoptim.DataParallelOptimizer(Both(model.parameters()), shard=True)
-    with pytest.raises(ValueError, match="with the new group Both can be divided by whole parameter alone"):
+    with pytest.raises(ValueError, match="with the new group Both can be sharded by whole parameter alone"):
         opt.add_param_group({"params": [more], "whole": True})
     assert len(opt.param_groups) == 1
     opt.detach()

@@ -156,7 +156,7 @@ def test_those_that_stay_replicated_say_so(world, mode, name):
     _several(world)
     model = nn.Embedding(5, 3, sparse=name == "SparseAdam")
     inner = getattr(dpoptim, name)(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=f"{name} can't be divided among ranks, since it .*: it stays replicated"):
+    with pytest.warns(UserWarning, match=f"{name} can't be sharded among ranks, since it .*: it stays replicated"):
         opt = dpoptim.DataParallelOptimizer(inner, **mode)
     assert opt.mode == "replicated"
     opt.detach()
@@ -458,12 +458,12 @@ def test_a_parameter_may_be_given_other_memory_where_it_is_the_ranks_own(world):
 # ---------------------------------------------------------------- state
 
 
-@pytest.mark.supports("state_dict", limits="full_state_dict() where the state is divided")
+@pytest.mark.supports("state_dict", limits="full_state_dict() where the state is sharded")
 def test_state_dict_says_what_to_call_instead(world, mode):
     _several(world)
     model, opt = _wrapped(mode)
     train(opt, model, _part(world))
-    with pytest.raises(RuntimeError, match=r"is divided among ranks .*: call full_state_dict\(\) on all of them, or"):
+    with pytest.raises(RuntimeError, match=r"is sharded among ranks .*: call full_state_dict\(\) on all of them, or"):
         opt.state_dict()
     assert not opt.state
     opt.detach()

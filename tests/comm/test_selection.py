@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+import dpoptim.comm.router
+import dpoptim.comm.selection
 from dpoptim.comm.communicator import Communicator
 from dpoptim.comm.node.alone import Alone
+from dpoptim.comm.node.staging import StagingArea
 from dpoptim.comm.selection import Found, Route, calls_for_memory
+from dpoptim.partition import even_counts
 
 ALL, SUM = ("all_reduce", "reduce_scatter", "all_gather"), "all_reduce"
 
@@ -63,6 +67,51 @@ def test_the_first_route_that_carries_it_is_taken():
 def test_memory_is_set_up_for_what_may_go_through_it(collective, num_bytes, dtype, may_wait, sleeps, expected):
     tensor = _tensor(num_bytes, dtype)
     assert calls_for_memory(collective, tensor, may_wait=may_wait, sleeps=sleeps) == expected
+
+
+@pytest.mark.parallel
+def test_gathers_that_are_prepared_go_by_the_same_transports_as_others(world, monkeypatch):
+    staged, sizes = StagingArea.all_gather, []
+
+    def all_gather(area, tensor, counts, **options):
+        sizes.append(tensor.numel())
+        return staged(area, tensor, counts, **options)
+
+    def refuse(*_):
+        raise OSError("not allowed")
+
+    monkeypatch.setattr(StagingArea, "all_gather", all_gather)
+    monkeypatch.setattr(dpoptim.comm.selection, "PeerMemory", refuse)
+    communicator = Communicator(world)
+    tensors = [torch.full((num_bytes,), world.rank, dtype=torch.uint8) for num_bytes in (1 << 20, 64, 1 << 20)]
+    for _ in range(2):  # the first sets up the staging area
+        works = communicator.prepare_all_gathers([(t, even_counts(len(t), world.size)) for t in tensors])()
+        for work in works:
+            work.wait()
+    ranks = [tensor.unique().tolist() for tensor in tensors]
+    communicator.free()
+    assert ranks == [list(range(world.size))] * 3
+    assert sizes == [1 << 20] * (4 if world.size > 1 else 0)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter"])
+def test_sums_have_the_same_bits_whatever_came_before(world, monkeypatch, collective):
+    monkeypatch.setattr(dpoptim.comm.router, "available_cores", lambda: {0})  # where small ones go through slots
+    communicator = Communicator(world)
+    counts = even_counts(6000, world.size)
+    generator = torch.Generator().manual_seed(world.rank)
+    values, sums = torch.randn(6000, generator=generator).exp().mul(3), []
+    for num_large in (0, 1):
+        for _ in range(num_large):
+            communicator.all_reduce(torch.ones(1 << 18))  # sets up the node's memory
+        if collective == "all_reduce":
+            communicator.all_reduce(total := values.clone())
+        else:
+            communicator.reduce_scatter(total := torch.empty(counts[world.rank]), values, counts=counts)
+        sums.append(total)
+    communicator.free()
+    assert torch.equal(*sums)
 
 
 @pytest.mark.parallel

@@ -73,7 +73,7 @@ def test_what_stays_replicated_and_what_is_refused_says_why(capsys, world):
     demands = "--optimizer", f"{HERE}:Demands", "--options", "rates=[0.1]", "--modes", "replicated,sharded"
     status, lines, _ = _check(capsys, world, *demands)
     assert (status, lines["replicated"]) == (0, "equal")
-    stays = "stays replicated, and equal: Demands can't be divided among ranks, since it needs a closure"
+    stays = "stays replicated, and equal: Demands can't be sharded among ranks, since it needs a closure"
     assert lines["sharded"].startswith("equal" if world.size == 1 else stays)
     status, lines, _ = _check(capsys, world, "--optimizer", f"{HERE}:Fails", "--modes", "replicated")
     assert (status, lines["replicated"]) == (0, "refused: RuntimeError: can't step twice")

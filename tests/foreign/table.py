@@ -87,7 +87,7 @@ def _short(result: dict[str, Any]) -> str:
 
 def _reason(result: dict[str, Any]) -> str:
     text = next(iter(result["warnings"]), "")
-    found = re.search(r"can't be divided among ranks, since it (.*?)(: it stays replicated.*)?$", text)
+    found = re.search(r"can't be sharded among ranks, since it (.*?)(: it stays replicated.*)?$", text)
     return _plain(found[1] if found else text)
 
 

@@ -57,6 +57,35 @@ def test_integers_are_never_compressed(world):
     communicator.free()
 
 
+def test_what_a_hook_has_begun_before_it_raises_is_not_done_later(world):
+    parameters = [torch.nn.Parameter(torch.zeros(numel)) for numel in (200_000, 1000, 1000)]  # the first has a home
+    fails = True
+
+    def hook(communicator, bucket):
+        if fails and bucket.indices == (1,):
+            raise LookupError("no way")
+        return comm_hooks.allreduce(communicator, bucket)
+
+    def backward():
+        opt.zero_grad()
+        sum(parameter.sum() * (world.rank + 1) for parameter in parameters).backward()
+
+    opt = dpoptim.DataParallelOptimizer(dpoptim.SGD(parameters), world, comm_hook=hook, overlap=False, bucket_mb=1e-3)
+    raises = pytest.raises(LookupError, match="no way")
+    if world.size > 1:
+        with raises:
+            backward()
+    fails = False
+    backward()
+    means = [parameter.grad.unique().tolist() for parameter in parameters]
+    fails = world.size > 1
+    if fails:
+        with raises:
+            backward()
+    opt.detach()
+    assert means == [[(world.size + 1) / 2]] * 3
+
+
 @pytest.mark.parametrize("hook", [comm_hooks.bf16_compress, comm_hooks.fp16_compress])
 def test_the_optimizer_uses_the_hook(world, hook):
     parameter = torch.nn.Parameter(torch.zeros(33))

@@ -210,8 +210,9 @@ def test_other_ranks_may_take_over():
 
 def test_who_is_detached_reduces_nothing():
     ranks = _Ranks()
+    assert ranks.roll_call.num_enrolled == 1
     ranks.reducer.detach()
-    assert ranks.reducer.is_detached
+    assert (ranks.reducer.is_detached, ranks.roll_call.num_enrolled) == (True, 0)
     ranks.backward(0, 1, 2)
     ranks.reducer.finish()
     assert ranks.roll_call.places == []

@@ -63,12 +63,12 @@ def test_of_other_classes_than_torchs_rank_0_has_the_say():
 
 def test_a_new_group_that_can_not_be_sharded_is_an_error_on_all():
     check_new_group(_coupled(), Says(), by_element=True)
-    with pytest.raises(ValueError, match="with the new group Coupled can't be divided, since it") as caught:
+    with pytest.raises(ValueError, match="with the new group Coupled can't be sharded, since it") as caught:
         check_new_group(_coupled(mixes=True), Says(), by_element=True)
     assert caught.value.raised_on_all_ranks
     adafactor = torch.optim.Adafactor(nn.Linear(3, 2).parameters())
     check_new_group(adafactor, Says(), by_element=False)
-    with pytest.raises(ValueError, match="with the new group Adafactor can be divided by whole parameter alone"):
+    with pytest.raises(ValueError, match="with the new group Adafactor can be sharded by whole parameter alone"):
         check_new_group(adafactor, Says(), by_element=True)
 
 

@@ -76,13 +76,13 @@ def test_by_what_it_is_sharded(kind, by_element):
 
 
 def test_what_needs_a_closure_stays_replicated_with_a_warning():
-    with pytest.warns(UserWarning, match="LBFGS can't be divided among ranks, since it needs a closure: it stays"):
+    with pytest.warns(UserWarning, match="LBFGS can't be sharded among ranks, since it needs a closure: it stays"):
         assert _choose(Ranks(), torch.optim.LBFGS(nn.Linear(3, 2).parameters()), shard=True).name == "replicated"
 
 
 def test_parameters_that_share_memory_on_any_rank_stay_replicated_with_a_warning():
     ranks = Ranks(other="parameters 'a', 'b' share memory")
-    with pytest.warns(UserWarning, match="SGD can't be divided among ranks, since parameters 'a', 'b' share memory"):
+    with pytest.warns(UserWarning, match="SGD can't be sharded among ranks, since parameters 'a', 'b' share memory"):
         assert _choose(ranks, shard=True).name == "replicated"
 
 

@@ -30,7 +30,7 @@ class FakeCommunicator:
         self.other_numbers: list[float] = []
         self.allocated_bytes: list[int] = []
         self.batches: list[tuple[int | None, set[torch.dtype]]] = []
-        self.num_exchanges = self.num_polls = 0
+        self.num_exchanges = self.num_polls = self.num_drops = 0
 
     def all_gather_object(self, own: Any) -> list[Any]:
         self.num_exchanges += 1
@@ -42,6 +42,9 @@ class FakeCommunicator:
 
     def sum_numbers(self, own: Sequence[float]) -> list[float]:
         return [a + b for a, b in zip(own, self.other_numbers or [0.0] * len(own), strict=True)]
+
+    def drop(self) -> None:
+        self.num_drops += 1
 
     def poll(self) -> None:
         self.num_polls += 1
@@ -61,9 +64,14 @@ class FakeRollCall:
         self.places: list[str] = []
         self.notes: list[str] = []
         self.errors: list[Exception] = []
+        self.num_enrolled = 0
 
     def enroll(self) -> int:
+        self.num_enrolled += 1
         return 0
+
+    def dismiss(self) -> None:
+        self.num_enrolled -= 1
 
     def check_in(self, place: str, weight: float, alike: object = None, note: str = "") -> float:
         self.places.append(place)

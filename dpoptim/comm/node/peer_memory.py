@@ -152,16 +152,21 @@ class PeerMemory(NodeTransport):
     @normal_tensors()
     def allocate(self, num_bytes: int) -> LentMemory | None:
         """Return memory from which others sum what lies there (Note [Lent memory] in lent_memory.py)."""
-        assert not self._noted
         self._lent = None  # tensors there go on living
         self._gathers.forget()
         if not num_bytes:
             return None
+        assert not self._noted
         try:
             self._lent = LentMemory(self._node, num_bytes, _WINDOW_BYTES)
         except OSError as error:
             logger.info("gradients lie in private memory: %s (rank %d)", error, self._rank)
         return self._lent
+
+    def drop(self) -> None:
+        """Forget what was noted, which would otherwise be done with what is noted next."""
+        self._noted.clear()
+        self._is_open = False
 
     # ---------------------------------------------------------------- a batch
 
@@ -192,7 +197,7 @@ class PeerMemory(NodeTransport):
         try:
             result = meet()
         except BaseException:
-            self._noted.clear()
+            self.drop()
             raise
         self._is_open = bool(self._noted)
         return result
