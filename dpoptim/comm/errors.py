@@ -8,6 +8,7 @@ import struct
 import sys
 import termios
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ __all__ = [
 
 _hooked: list[Callable[[], None]] = []
 _left: list[str] = []
-_under_way: dict[int, str] = {}
+_under_way: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
 
 def raised_on_all_ranks(error: BaseException) -> BaseException:
@@ -55,7 +56,7 @@ def abort_on_uncaught_exception(abort: Callable[[], None]) -> None:
 class heard_if_left(contextlib.ContextDecorator):  # noqa: N801  used as a function is
     """Take note if this rank ends its program within, as a signal's handler does that calls ``sys.exit``.
 
-    The others wait for it there. Errors that a program may catch are another matter.
+    The others wait for it there. An error ends the job by itself where it is not caught (above).
 
     Parameters
     ----------
@@ -70,16 +71,16 @@ class heard_if_left(contextlib.ContextDecorator):  # noqa: N801  used as a funct
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None and not issubclass(kind, Exception):
+        if kind is not None and issubclass(kind, SystemExit):
             _left.append(f"by {kind.__name__} in the middle of {self._place}")
 
 
-def note_under_way(key: object, place: str | None) -> None:
-    """Take note that a collective goes on while the program does other things, until its place is None."""
+def note_under_way(owner: object, place: str | None) -> None:
+    """Take note that a collective of this object's goes on beside the program, until its place is None."""
     if place is None:
-        _under_way.pop(id(key), None)
+        _under_way.pop(owner, None)
     else:
-        _under_way[id(key)] = f"in the middle of {place}"
+        _under_way[owner] = f"in the middle of {place}"
 
 
 def left_within() -> str | None:

@@ -41,8 +41,8 @@ _FINGERPRINT_BITS = 20
 _PLACE_BYTES = 512
 
 _LEAVING_POLL_S = 1e-3
-# Ranks that are told to stop leave within a moment of each other.
-_LEAVING_TOGETHER_S = 2.0
+# Ranks that are told to stop leave within a moment of each other, and may have something to write before.
+_LEAVING_TOGETHER_S = 4.0
 _NOTE = "\x1f"  # between a place and what else is told
 _GONE = object()
 
