@@ -17,6 +17,7 @@ non-blocking all-reduce.
 """
 
 import atexit
+import functools
 import logging
 import time
 import zlib
@@ -107,9 +108,7 @@ class RollCall:
                 return roll_call
         roll_call = cls(communicator)
         if communicator.world_size > 1:
-            if not _alive:
-                atexit.register(_answer_a_last_time)
-                library.before_finalizing(_answer_a_last_time)  # by the program itself
+            _listen_for_the_end()
             _alive.append(roll_call)
             communicator.users.when_freed(roll_call._retire)
         return roll_call
@@ -262,6 +261,13 @@ def _ranks(ranks: list[int]) -> str:
 
 
 _alive: list[RollCall] = []
+
+
+@functools.cache
+def _listen_for_the_end() -> None:
+    """Have the others told at exit, once; or before, where the program finalises MPI itself."""
+    atexit.register(_answer_a_last_time)
+    library.before_finalizing(_answer_a_last_time)
 
 
 def _answer_a_last_time() -> None:

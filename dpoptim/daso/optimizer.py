@@ -338,7 +338,12 @@ class DASO(DataParallelOptimizer):
             self._exchange.load_state_dict(cycle)
 
     def detach(self) -> None:
-        """End data parallelism and free the communicators; collective. Nodes are not made equal."""
+        """End data parallelism and free the communicators; collective. Nodes are not made equal.
+
+        A second call does nothing.
+        """
+        if self._reducer.is_detached:
+            return
         self._exchange.free()
         super().detach()
         self._roll_call.dismiss()

@@ -171,3 +171,21 @@ print("done", flush=True)
 """
     done = mpirun(2, "-c", PROGRAM + program, timeout_s=60)
     assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr
+
+
+def test_a_checkpoint_in_the_background_is_completed_when_its_communicator_is_freed(mpirun):
+    program = """
+own = comm.Dup()
+net, opt = make(comm=own)
+shared, freed = opt.roll_call.communicator, []
+shared.users.when_freed(lambda: freed.append(1))
+checkpoint.save(path, model=net, optimizer=opt, step=7, blocking=False)
+opt.detach()
+own.Free()
+checkpoint.wait()
+assert freed == [1]
+assert checkpoint.load(path, model=net)["step"] == 7
+print("done", flush=True)
+"""
+    done = mpirun(2, "-c", PROGRAM + program, timeout_s=60)
+    assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr

@@ -358,12 +358,17 @@ def test_numbers_and_buffers_are_averaged_over_all_ranks_while_nodes_differ(worl
     check_replicas(opt.communicator, model.named_buffers())
 
 
-def test_the_wrapper_can_be_detached_with_an_exchange_pending(world):
+def test_the_wrapper_can_be_detached_with_an_exchange_pending(world, monkeypatch):
     model = seeded()
     opt = _daso(world, model, warmup_epochs=0)
     opt.end_epoch(1.0)
     _train(opt, model, joined_batch(0, [4]))
+    shared, left = opt.roll_call.communicator, []
+    remove = shared.users.remove
+    monkeypatch.setattr(shared.users, "remove", lambda: left.append(1) or remove())
     opt.detach()
+    opt.detach()  # does nothing
+    assert len(left) == 2, "the reducer, and DASO itself"
     again = _daso(world, model)
     _train(again, model, joined_batch(1, [4]))
     check_replicas(again.communicator, model.named_parameters())

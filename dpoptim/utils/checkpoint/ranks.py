@@ -11,7 +11,7 @@ from dpoptim.comm.errors import raised_on_all_ranks
 from dpoptim.comm.roll_call import RollCall
 from dpoptim.utils.checkpoint.error import CheckpointError
 
-__all__ = ["ONE_PROCESS", "Ranks", "attempt", "meet", "meet_again", "together"]
+__all__ = ["ONE_PROCESS", "Ranks", "attempt", "hold", "let_go", "meet", "meet_again", "together"]
 
 _T = TypeVar("_T")
 
@@ -69,6 +69,18 @@ def meet_again(ranks: Ranks, purpose: str) -> None:
     """Wait for the ranks that :func:`meet` has returned; collective, an error on all where one is elsewhere."""
     if isinstance(ranks, Communicator):
         RollCall.on(ranks).check_in(purpose, 1.0)
+
+
+def hold(ranks: Ranks) -> None:
+    """Keep the communicator of these ranks until :func:`let_go`, though the program frees its own; on all alike."""
+    if isinstance(ranks, Communicator):
+        ranks.users.add()
+
+
+def let_go(ranks: Ranks) -> None:
+    """Need the communicator of these ranks no longer; collective where nobody else does and its own was freed."""
+    if isinstance(ranks, Communicator):
+        ranks.users.remove()
 
 
 def attempt(action: Callable[[], _T]) -> tuple[_T | None, Exception | None]:

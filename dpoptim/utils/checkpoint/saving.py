@@ -28,7 +28,7 @@ from dpoptim.utils.checkpoint.error import CheckpointError
 from dpoptim.utils.checkpoint.files import Source, shard_entries, write_shard
 from dpoptim.utils.checkpoint.gathering import Contents, gather
 from dpoptim.utils.checkpoint.index import Index, StoredTensor, dump_index
-from dpoptim.utils.checkpoint.ranks import ONE_PROCESS, Ranks, attempt, meet, meet_again, together
+from dpoptim.utils.checkpoint.ranks import ONE_PROCESS, Ranks, attempt, hold, let_go, meet, meet_again, together
 
 __all__ = ["save", "save_contents", "wait", "wait_for"]
 
@@ -108,6 +108,7 @@ def save(
         return
     _, error = attempt(saving.copy)
     together(ranks, error)
+    hold(ranks)
     _under_way[id(ranks)] = saving
     saving.begin()
 
@@ -137,7 +138,10 @@ def wait_for(ranks: Ranks) -> None:
     """Wait for these ranks' save in the background, and raise its errors; collective."""
     saving = _under_way.pop(id(ranks), None)
     if saving is not None:
-        saving.finish()
+        try:
+            saving.finish()
+        finally:
+            let_go(ranks)
 
 
 class _Saving:
