@@ -31,6 +31,12 @@ def _peers(messages):
         pytest.skip(f"this system does not let ranks read each other's memory: {error}")
 
 
+def _slots(messages):
+    if not SleepingBarrier.is_here():
+        pytest.skip("this system has no futex")
+    return SmallSums(messages, 301 * 8)
+
+
 def _hierarchical(messages, node_of):
     """Return the transport of ranks that seem to be on these nodes, and what is to be freed."""
     nodes = {}
@@ -51,18 +57,20 @@ def transport(request, world):
     if world.size == 1:
         messages.free()
         pytest.skip("one rank exchanges with nobody")
-    if name == "slots" and not SleepingBarrier.is_here():
-        messages.free()
-        pytest.skip("this system has no futex")
-    made, node = {
+    make = {
         "reading": lambda: (_peers(messages), None),
         "staging": lambda: (StagingArea(messages, meeting(messages, sleeping=False), 1 << 10), None),
-        "slots": lambda: (SmallSums(messages, 301 * 8), None),
+        "slots": lambda: (_slots(messages), None),
         "messages": lambda: (messages, None),
         "polled messages": lambda: (PolledMessages(messages), None),
         "two nodes": lambda: _hierarchical(messages, lambda rank: rank % 2),
         "nodes of one rank": lambda: _hierarchical(messages, lambda rank: rank),
-    }[name]()
+    }[name]
+    try:
+        made, node = make()
+    except BaseException:  # a skip too
+        messages.free()
+        raise
     yield name, made
     made.free()
     if node is not None:
